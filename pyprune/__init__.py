@@ -1,0 +1,82 @@
+"""pyprune finds the redundant filters of a convolutional network and removes them exactly.
+
+Names are resolved on first use, so that ``import pyprune`` and ``pyprune --help`` load neither torch nor
+scikit-learn nor matplotlib. ``pyprune.pipeline`` tells the whole story on one screen.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyprune import models as models
+    from pyprune.compaction import analyse as analyse
+    from pyprune.compaction import compact as compact
+    from pyprune.export import load_slim as load_slim
+    from pyprune.export import save_slim as save_slim
+    from pyprune.finetuning import finetune as finetune
+    from pyprune.machine import backends as backends
+    from pyprune.masks import mask_ as mask_
+    from pyprune.measure import evaluate as evaluate
+    from pyprune.measure import profile as profile
+    from pyprune.ops.rank import matrix_rank as matrix_rank
+    from pyprune.pipeline import prune as prune
+    from pyprune.ranks import RankAccumulator as RankAccumulator
+    from pyprune.ranks import rank_filters as rank_filters
+    from pyprune.reporting import report as report
+    from pyprune.selection import select as select
+    from pyprune.types import Certificate as Certificate
+    from pyprune.types import ClassRanks as ClassRanks
+    from pyprune.types import Compacted as Compacted
+    from pyprune.types import Evaluation as Evaluation
+    from pyprune.types import History as History
+    from pyprune.types import Plan as Plan
+    from pyprune.types import Profile as Profile
+    from pyprune.types import PruneResult as PruneResult
+
+__version__ = "0.1.0"
+
+# A function never shares its module's name: importing the module would put it in the function's place.
+_HOME = {
+    "matrix_rank": "ops.rank",
+    "RankAccumulator": "ranks",
+    "rank_filters": "ranks",
+    "select": "selection",
+    "mask_": "masks",
+    "finetune": "finetuning",
+    "analyse": "compaction",
+    "compact": "compaction",
+    "save_slim": "export",
+    "load_slim": "export",
+    "evaluate": "measure",
+    "profile": "measure",
+    "prune": "pipeline",
+    "report": "reporting",
+    "backends": "machine",
+    "models": "",
+    "ClassRanks": "types",
+    "Plan": "types",
+    "History": "types",
+    "Certificate": "types",
+    "Compacted": "types",
+    "Evaluation": "types",
+    "Profile": "types",
+    "PruneResult": "types",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'pyprune' has no attribute {name!r}")
+    if name == "models":
+        return importlib.import_module("pyprune.models")
+    value = getattr(importlib.import_module(f"pyprune.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
