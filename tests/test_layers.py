@@ -1,0 +1,62 @@
+"""A stage imports base modules and never another stage; only the pipeline, demo and command line know the order."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import pyprune
+
+PACKAGE = Path(pyprune.__file__).parent
+BASE = {
+    "types",
+    "files",
+    "graph",
+    "features",
+    "measure",
+    "data",
+    "progress",
+    "machine",
+    "models",
+    "ops",
+    "_core",
+    "channels",
+}
+KNOWS_THE_ORDER = {"__init__", "pipeline", "demo", "cli"}
+STAGES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in BASE | KNOWS_THE_ORDER)
+
+
+def imported(source: str) -> set[str]:
+    """Return the modules of pyprune that ``source`` imports, without their package's name."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "pyprune":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pyprune."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("pyprune.")}
+    return found
+
+
+@pytest.mark.parametrize("stage", [*STAGES, *sorted(BASE - {"models", "ops", "_core", "channels"})])
+def test_a_stage_imports_no_other_stage(stage: str) -> None:
+    source = (PACKAGE / f"{stage}.py").read_text()
+    assert imported(source) <= BASE
+
+
+def test_the_check_would_notice() -> None:
+    assert imported("from pyprune.masks import mask_") == {"masks"}
+    assert imported("import pyprune.masks as m\nfrom pyprune import export") == {"masks", "export"}
+    assert not imported("from pyprune import masks") <= BASE
+
+
+def test_the_stages_are_the_documented_ones() -> None:
+    assert STAGES == ["compaction", "export", "finetuning", "masks", "ranks", "reporting", "selection"]
+
+
+def test_the_pipeline_fits_on_a_screen() -> None:
+    body = ast.parse((PACKAGE / "pipeline.py").read_text()).body
+    prune = next(node for node in body if isinstance(node, ast.FunctionDef) and node.name == "prune")
+    after_docstring = prune.body[1].lineno
+    assert prune.end_lineno - after_docstring < 70
