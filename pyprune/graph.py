@@ -5,11 +5,17 @@ from __future__ import annotations
 import difflib
 import keyword
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import fx, nn
 
-from pyprune.types import Plan
+from pyprune import operations as ops
+from pyprune.types import IntArray, Plan
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -89,3 +95,239 @@ def check_layer(who: str, name: str, layers: Iterable[str]) -> None:
         near = difflib.get_close_matches(name, layers, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else f" It has {', '.join(layers[:8])}."
         raise ValueError(f"{who}: the model has no convolution named {name!r}.{hint}")
+
+
+def call_counts(graph: fx.Graph) -> Counter[str]:
+    """Return how many times ``graph`` calls each module."""
+    return Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+
+
+def tied_parameters(model: nn.Module) -> dict[str, str]:
+    """Return the parameters and buffers that are one tensor under several names: each with one of the others."""
+    named: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]:
+        named[id(tensor)].append(name)
+    return {name: next(o for o in names if o != name) for names in named.values() if len(names) > 1 for name in names}
+
+
+def is_changed(module: nn.Module) -> str:
+    """Say what makes ``module`` compute something other than its type says: a hook, a parametrization, or nothing."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "has a forward hook"
+    if "forward" in vars(module):
+        return "has its forward replaced"
+    if hasattr(module, "parametrizations"):
+        return "has a parametrized weight"
+    return ""
+
+
+def dead_slices(model: nn.Module, plan: Plan, who: str = "dead_slices") -> dict[str, IntArray]:
+    """Return what a mask zeroes: for each parameter, by qualified name, the indices along its first dimension.
+
+    These are the removed filters of the plan's layers, their biases, and the affine slices of every per-channel
+    norm that a removed channel reaches before the next operation that mixes channels. A channel is followed
+    through a join only where every producer of it is removed. Filters that :func:`unmaskable` names are left out.
+
+    Parameters
+    ----------
+    model
+        Not changed; it must be traceable by torch.fx.
+    plan
+        Layers that are not in it keep every filter.
+
+    Returns
+    -------
+    dict
+        Sorted int64 indices; parameters with nothing to zero are left out.
+
+    Raises
+    ------
+    ValueError
+        If the plan does not fit the model, or the model cannot be traced.
+    """
+    return _masked(model, plan, who)[0]
+
+
+def unmaskable(model: nn.Module, plan: Plan, who: str = "unmaskable") -> dict[str, dict[int, str]]:
+    """Return the removed filters that no mask can silence, and why: ``{layer: {filter: reason}}``.
+
+    A norm without affine parameters turns a zero channel into a constant that no parameter controls, and a norm
+    over several channels lets it change the others. Such filters stay. Parameters and errors are those of
+    :func:`dead_slices`.
+    """
+    return _masked(model, plan, who)[1]
+
+
+def _masked(model: nn.Module, plan: Plan, who: str) -> tuple[dict[str, IntArray], dict[str, dict[int, str]]]:
+    """Walk until no further filter turns out to be unmaskable: each one may revive a norm's slice elsewhere."""
+    check_plan(who, model, plan)
+    graph = trace(model, who)
+    stays: dict[str, dict[int, str]] = {}
+    while True:
+        walk = _MaskWalk(model, plan, stays)
+        walk.follow(graph)
+        if not walk.found:
+            return walk.slices(), stays
+        for name, reasons in walk.found.items():
+            stays[name] = {**stays.get(name, {}), **reasons}
+
+
+@dataclass(frozen=True, eq=False)
+class _Stream:
+    """A tensor between two mixing operations: which channels are zero, and whose filters each channel comes from."""
+
+    dead: npt.NDArray[np.bool_]  # [C]
+    owners: tuple[tuple[str, IntArray], ...]  # a layer and, for each channel, its filter there or -1
+    ndim: int  # of the tensor; 2 after flattening
+    flat: bool = False  # each channel stands for a run of columns of unknown length
+
+    def at(self, channels: IntArray) -> _Stream:
+        owners = tuple((name, filters[channels]) for name, filters in self.owners)
+        return replace(self, dead=self.dead[channels], owners=owners)
+
+
+class _MaskWalk:
+    """One pass over the graph, with the removed filters that are not known to be unmaskable taken as zero."""
+
+    def __init__(self, model: nn.Module, plan: Plan, stays: dict[str, dict[int, str]]) -> None:
+        self.modules = dict(model.named_modules())
+        self.tied = tied_parameters(model)
+        self.removed = {name: self._removed(name, kept, stays.get(name, {})) for name, kept in plan.keep.items()}
+        self.found: dict[str, dict[int, str]] = defaultdict(dict)
+        self.streams: dict[fx.Node, _Stream | None] = {}
+        self.norms: dict[str, list[_Stream | None]] = defaultdict(list)
+        for name in self.removed:
+            self._check_filters(name)
+
+    def _removed(self, name: str, kept: IntArray, stays: dict[int, str]) -> npt.NDArray[np.bool_]:
+        dead = np.ones(self.modules[name].out_channels, np.bool_)
+        dead[kept] = False
+        dead[list(stays)] = False
+        return dead
+
+    def _check_filters(self, name: str) -> None:
+        """Keep the filters of a layer whose weight is not its own, or not a parameter."""
+        other = self.tied.get(f"{name}.weight") or self.tied.get(f"{name}.bias")
+        reason = f"shares its parameters with {other}" if other else ""
+        if not isinstance(vars(self.modules[name])["_parameters"].get("weight"), nn.Parameter):
+            reason = "has a parametrized weight"
+        if reason:
+            self._revive(_Stream(self.removed[name], ((name, np.arange(len(self.removed[name]))),), 0), reason)
+
+    def _revive(self, stream: _Stream, reason: str) -> None:
+        for name, filters in stream.owners:
+            for index in filters[stream.dead & (filters >= 0)]:
+                self.found[name].setdefault(int(index), reason)
+
+    def follow(self, graph: fx.Graph) -> None:
+        """Walk ``graph``, filling ``found`` and ``norms``."""
+        for node in graph.nodes:
+            self.streams[node] = self._step(node)
+        for name, streams in self.norms.items():  # a norm used twice is masked only where both uses are
+            known = [stream.dead for stream in streams if stream is not None]
+            common = np.logical_and.reduce(known) if len(known) == len(streams) else np.zeros_like(known[:1])
+            for stream in streams:
+                if stream is not None and (left := stream.dead & ~common).any():
+                    self._revive(replace(stream, dead=left), f"reaches {name}, which other channels share")
+
+    def slices(self) -> dict[str, IntArray]:
+        """Return what is zero, by parameter."""
+        found: dict[str, IntArray] = {}
+        masked = {**self.removed, **{name: s[0].dead for name, s in self.norms.items() if s[0] is not None}}
+        for name, dead in masked.items():
+            for leaf in ("weight", "bias"):
+                if dead.any() and getattr(self.modules[name], leaf) is not None:
+                    found[f"{name}.{leaf}"] = np.flatnonzero(dead)
+        return found
+
+    def _step(self, node: fx.Node) -> _Stream | None:
+        source = node.args[0] if node.args else node.kwargs.get("input")
+        stream = self.streams.get(source) if isinstance(source, fx.Node) else None
+        if node.op == "call_module":
+            return self._module(str(node.target), node, stream)
+        if node.op not in ("call_function", "call_method"):
+            return None
+        if node.target in ops.ADD_FUNCTIONS or (node.op == "call_method" and node.target in ops.ADD_METHODS):
+            return self._add(node)
+        if node.target in ops.CAT_FUNCTIONS:
+            return self._cat(node)
+        if stream is None:
+            return None
+        if ops.is_flatten(node, self.modules):
+            return replace(stream, flat=stream.ndim > 2, ndim=2)
+        dims = ops.spatial_mean(node, stream.ndim)
+        if dims is not None:
+            keeps = ops.argument(node, 2, "keepdim", False)
+            return stream if keeps else replace(stream, ndim=stream.ndim - len(dims))
+        same = node.target in ops.ACTIVATION_METHODS | ops.SAME_METHODS
+        known = same if node.op == "call_method" else node.target in ops.CHANNELWISE_FUNCTIONS
+        return stream if known else None
+
+    def _module(self, name: str, node: fx.Node, stream: _Stream | None) -> _Stream | None:
+        module = self.modules[name]
+        kind = type(module)
+        if name in self.removed and not is_changed(module):
+            dead = self.removed[name]
+            return _Stream(dead, ((name, np.arange(len(dead))),), len(module.kernel_size) + 2)
+        if kind in ops.NORMS and (stream is None or not stream.dead.any()):
+            self.norms[name].append(None)
+        if stream is None or is_changed(module):
+            return None
+        if kind in ops.CHANNELWISE:
+            return stream
+        if ops.is_flatten(node, self.modules):
+            return replace(stream, flat=stream.ndim > 2, ndim=2)
+        if kind in ops.NORMS and stream.dead.any():
+            return self._norm(name, module, stream)
+        if kind in ops.MIXING_NORMS:
+            self._revive(stream, f"reaches {name}, a {kind.__name__}, which mixes it with other channels")
+        return None
+
+    def _norm(self, name: str, module: Any, stream: _Stream) -> _Stream | None:
+        """Return the stream behind a per-channel norm, after noting the slices it zeroes."""
+        if kind_without_statistics(module):
+            return stream
+        tied = self.tied.get(f"{name}.weight") or self.tied.get(f"{name}.bias")
+        if not module.affine or tied:
+            why = f"which shares its parameters with {tied}" if tied else "a norm without affine parameters"
+            self._revive(stream, f"reaches {name}, {why}")
+            return None
+        if stream.flat:  # the norm's own size says how long each channel's run of columns is
+            run = module.num_features // len(stream.dead)
+            stream = replace(stream.at(np.repeat(np.arange(len(stream.dead)), run)), flat=False)
+        self.norms[name].append(stream if len(stream.dead) == module.num_features else None)
+        return self.norms[name][-1]
+
+    def _add(self, node: fx.Node) -> _Stream | None:
+        """Return the sum of streams: a channel is zero where all its producers are."""
+        sources = [*node.args, *(node.kwargs[key] for key in ("input", "other") if key in node.kwargs)]
+        streams = [self.streams.get(source) for source in sources if isinstance(source, fx.Node)]
+        first = streams[0] if streams else None
+        if first is None or len(streams) != len(sources) or len(streams) != 2:
+            return None
+        second = streams[1]
+        if second is None or second.dead.shape != first.dead.shape or second.flat != first.flat:
+            return None
+        return replace(first, dead=first.dead & second.dead, owners=first.owners + second.owners)
+
+    def _cat(self, node: fx.Node) -> _Stream | None:
+        """Return streams joined along the channels."""
+        sources = ops.argument(node, 0, "tensors")
+        found = [self.streams.get(source) for source in sources] if isinstance(sources, (list, tuple)) else [None]
+        streams = [stream for stream in found if stream is not None]
+        if ops.argument(node, 1, "dim", 0) != 1 or len(streams) != len(found) or any(s.flat for s in streams):
+            return None
+        owners = []
+        for i, stream in enumerate(streams):
+            before = sum(len(s.dead) for s in streams[:i])
+            after = sum(len(s.dead) for s in streams[i + 1 :])
+            owners += [(name, np.pad(filters, (before, after), constant_values=-1)) for name, filters in stream.owners]
+        return replace(streams[0], dead=np.concatenate([s.dead for s in streams]), owners=tuple(owners))
+
+
+def kind_without_statistics(module: nn.Module) -> bool:
+    """Say whether ``module`` is an instance norm that maps a zero channel to zero by itself."""
+    return type(module) in ops.INSTANCE_NORMS and not module.affine and not module.track_running_stats

@@ -1,0 +1,134 @@
+"""What the operations of a network do to channels: the closed tables that every stage reads.
+
+An operation is known only if it stands here. Whatever does not is treated as mixing channels in a way that
+nobody understands, so nothing is removed across it.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+CONVOLUTIONS: frozenset[type] = frozenset({nn.Conv1d, nn.Conv2d, nn.Conv3d})
+BATCH_NORMS: frozenset[type] = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d})
+INSTANCE_NORMS: frozenset[type] = frozenset({nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d})
+MIXING_NORMS: frozenset[type] = frozenset({nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm})
+NORMS = BATCH_NORMS | INSTANCE_NORMS
+
+ACTIVATIONS: frozenset[type] = frozenset({
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.SiLU, nn.GELU, nn.Mish, nn.Sigmoid, nn.Tanh,
+    nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Threshold, nn.Hardshrink,
+    nn.Softshrink, nn.Tanhshrink, nn.PReLU,
+})  # fmt: skip
+DROPOUTS: frozenset[type] = frozenset({
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity,
+})  # fmt: skip
+MAX_POOLS: frozenset[type] = frozenset({
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
+})  # fmt: skip
+AVG_POOLS: frozenset[type] = frozenset({nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d})
+ADAPTIVE_AVG_POOLS: frozenset[type] = frozenset({nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d})
+UPSAMPLES: frozenset[type] = frozenset({nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d})
+CHANNELWISE = ACTIVATIONS | DROPOUTS | MAX_POOLS | AVG_POOLS | ADAPTIVE_AVG_POOLS | UPSAMPLES
+"""Modules whose output channel i depends on input channel i alone, and on it in the same way for every i."""
+
+ACTIVATION_FUNCTIONS: dict[Any, str] = {
+    F.relu: "F.relu", torch.relu: "torch.relu", torch.relu_: "torch.relu_", F.relu6: "F.relu6",
+    F.leaky_relu: "F.leaky_relu", F.elu: "F.elu", F.selu: "F.selu", torch.selu: "torch.selu", F.celu: "F.celu",
+    F.silu: "F.silu", F.gelu: "F.gelu", F.mish: "F.mish", F.sigmoid: "F.sigmoid", torch.sigmoid: "torch.sigmoid",
+    F.tanh: "F.tanh", torch.tanh: "torch.tanh", F.hardtanh: "F.hardtanh", F.hardswish: "F.hardswish",
+    F.hardsigmoid: "F.hardsigmoid", F.softplus: "F.softplus", F.softsign: "F.softsign",
+    F.logsigmoid: "F.logsigmoid", F.threshold: "F.threshold", F.hardshrink: "F.hardshrink",
+    F.softshrink: "F.softshrink", F.tanhshrink: "F.tanhshrink", torch.abs: "torch.abs", torch.clamp: "torch.clamp",
+}  # fmt: skip
+ACTIVATION_METHODS = frozenset({"relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "abs", "clamp", "clamp_"})
+DROPOUT_FUNCTIONS: dict[Any, str] = {
+    F.dropout: "F.dropout", F.dropout1d: "F.dropout1d", F.dropout2d: "F.dropout2d", F.dropout3d: "F.dropout3d",
+    F.alpha_dropout: "F.alpha_dropout", F.feature_alpha_dropout: "F.feature_alpha_dropout",
+}  # fmt: skip
+SAME_METHODS = frozenset({"contiguous", "clone"})
+MAX_POOL_FUNCTIONS: dict[Any, str] = {
+    F.max_pool1d: "F.max_pool1d", F.max_pool2d: "F.max_pool2d", F.max_pool3d: "F.max_pool3d",
+    F.adaptive_max_pool1d: "F.adaptive_max_pool1d", F.adaptive_max_pool2d: "F.adaptive_max_pool2d",
+    F.adaptive_max_pool3d: "F.adaptive_max_pool3d",
+}  # fmt: skip
+AVG_POOL_FUNCTIONS: dict[Any, str] = {
+    F.avg_pool1d: "F.avg_pool1d", F.avg_pool2d: "F.avg_pool2d", F.avg_pool3d: "F.avg_pool3d",
+}  # fmt: skip
+ADAPTIVE_AVG_POOL_FUNCTIONS: dict[Any, str] = {
+    F.adaptive_avg_pool1d: "F.adaptive_avg_pool1d", F.adaptive_avg_pool2d: "F.adaptive_avg_pool2d",
+    F.adaptive_avg_pool3d: "F.adaptive_avg_pool3d",
+}  # fmt: skip
+INTERPOLATE_FUNCTIONS: dict[Any, str] = {F.interpolate: "F.interpolate"}
+CHANNELWISE_FUNCTIONS: dict[Any, str] = {
+    **ACTIVATION_FUNCTIONS, **DROPOUT_FUNCTIONS, **MAX_POOL_FUNCTIONS, **AVG_POOL_FUNCTIONS,
+    **ADAPTIVE_AVG_POOL_FUNCTIONS, **INTERPOLATE_FUNCTIONS,
+}  # fmt: skip
+
+ADD_FUNCTIONS: dict[Any, str] = {operator.add: "operator.add", operator.iadd: "operator.iadd", torch.add: "torch.add"}
+ADD_METHODS = frozenset({"add", "add_"})
+CAT_FUNCTIONS: dict[Any, str] = {torch.cat: "torch.cat", torch.concat: "torch.concat"}
+FLATTEN_FUNCTIONS: dict[Any, str] = {torch.flatten: "torch.flatten"}
+MEAN_FUNCTIONS: dict[Any, str] = {torch.mean: "torch.mean"}
+RESHAPE_METHODS = frozenset({"view", "reshape"})
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """Return an argument of a call node, given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def is_flatten(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Say whether ``node`` makes [N, C * ...] of [N, C, ...], each channel's entries staying together."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return isinstance(module, nn.Flatten) and (type(module), module.start_dim, module.end_dim) == (
+            nn.Flatten,
+            1,
+            -1,
+        )
+    if node.target in FLATTEN_FUNCTIONS or (node.op == "call_method" and node.target == "flatten"):
+        return bool(argument(node, 1, "start_dim", 0) == 1 and argument(node, 2, "end_dim", -1) == -1)
+    if node.op == "call_method" and node.target in RESHAPE_METHODS:
+        shape = node.args[1:]
+        if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
+            shape = tuple(shape[0])
+        return len(shape) == 2 and shape[1] == -1 and _is_batch_size(shape[0])
+    return False
+
+
+def _is_batch_size(value: Any) -> bool:
+    """Say whether ``value`` is x.size(0), x.size()[0] or x.shape[0], of any x: no known operation changes it."""
+    if not isinstance(value, fx.Node):
+        return False
+    if value.op == "call_method" and value.target == "size":
+        return bool(argument(value, 1, "dim") == 0)
+    if value.op == "call_function" and value.target is operator.getitem and value.args[1] == 0:
+        return is_shape(value.args[0])
+    return False
+
+
+def is_shape(value: Any) -> bool:
+    """Say whether ``value`` is x.shape or x.size()."""
+    if not isinstance(value, fx.Node):
+        return False
+    if value.op == "call_method":
+        return value.target == "size" and len(value.args) == 1 and not value.kwargs
+    return value.op == "call_function" and value.target is getattr and value.args[1:] == ("shape",)
+
+
+def spatial_mean(node: fx.Node, ndim: int) -> list[int] | None:
+    """Return the dimensions of a mean over dimensions after the channels, or ``None`` if ``node`` is no such mean."""
+    if not (node.target in MEAN_FUNCTIONS or (node.op == "call_method" and node.target == "mean")):
+        return None
+    dims = argument(node, 1, "dim")
+    listed = [dims] if isinstance(dims, int) else dims
+    if not isinstance(listed, (list, tuple)) or not all(type(dim) is int for dim in listed):
+        return None
+    found = sorted(dim % ndim for dim in listed)
+    return found if found and found[0] >= 2 else None
