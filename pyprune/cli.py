@@ -109,7 +109,8 @@ def rank(
     ranks.save(out)
     rows = [
         {
-            "layer": name, "filters": len(R), "tap": ranks.taps.get(name, ""), "map": "x".join(map(str, ranks.shapes[name])),
+            "layer": name, "filters": len(R), "tap": ranks.taps.get(name, ""),
+            "map": "x".join(map(str, ranks.shapes[name])),
             "mean_rank": round(float(R.mean()), 3), "at_full_rank": round(ranks.full_rank_share(name) or 0.0, 4),
             "uninformative": name in ranks.uninformative,
         }

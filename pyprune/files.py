@@ -215,7 +215,7 @@ def _check_entry(wrong: str, name: str, entry: object) -> tuple[int, int]:
     counts = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
     if dtype not in _ITEM_BYTES or len(counts) > 10 or len(counts) - len(shape or ()) != 2:
         raise ValueError(f"{wrong}: the entry of {name!r} is malformed.")
-    if not all(type(count) is int and 0 <= count < 1 << 48 for count in counts):
+    if not all(type(count) is int and 0 <= count < 1 << 48 for count in counts) or max(shape, default=0) >= 1 << 31:
         raise ValueError(f"{wrong}: the entry of {name!r} has an impossible size.")
     needed = _ITEM_BYTES[dtype]
     for count in shape:
