@@ -1,0 +1,414 @@
+"""Measuring networks: how well they classify, what they cost, and how long they take."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+from torch import nn
+
+from pyprune import graph
+from pyprune.progress import track
+from pyprune.types import Evaluation, FloatArray, IntArray, LayerCount, Plan, Profile
+
+Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+Counted = graph.Convolution | Transposed | nn.Linear
+
+Device = str | torch.device | None
+
+
+@contextmanager
+def running(model: nn.Module, device: Device = None, *, train: bool = False) -> Iterator[torch.device]:
+    """Put ``model`` into eval (or training) mode on ``device`` and yield that; flags and place are put back.
+
+    Without ``device`` the model stays where its first parameter is (the CPU, if it has none).
+    """
+    flags = {module: module.training for module in model.modules()}
+    home = model_device(model)
+    target = home if device is None else torch.device(device)
+    try:
+        if target != home:
+            model.to(target)
+        model.train(train)
+        yield target
+    finally:
+        if target != home:
+            model.to(home)
+        for module, training in flags.items():
+            module.training = training
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter or buffer; the CPU if it has neither."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def as_batch(who: str, batch: Any, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return images and labels of one batch of a loader as tensors.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the batch is no (images, labels) pair, or has not one label per image.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[0], torch.Tensor):
+        raise TypeError(
+            f"{who}: the loader must yield (images, labels) with images a tensor [N, C, H, W]; "
+            f"batch {position} is {_describe(batch)}."
+        )
+    images, labels = batch[0], torch.as_tensor(batch[1])
+    if images.ndim == 0 or labels.ndim == 0 or len(labels) != len(images):
+        raise ValueError(
+            f"{who}: a batch must have one label per image; batch {position} has images {list(images.shape)} "
+            f"and labels {list(labels.shape)}."
+        )
+    return images, labels
+
+
+def _describe(batch: Any) -> str:
+    if isinstance(batch, (tuple, list)):
+        return f"a {type(batch).__name__} of {', '.join(type(item).__name__ for item in batch) or 'nothing'}"
+    return f"a {type(batch).__name__}"
+
+
+def check_labels(who: str, labels: torch.Tensor, classes: int) -> None:
+    """Raise unless ``labels`` [N] are integers in [0, classes)."""
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+        raise TypeError(
+            f"{who}: labels must be integers [N]; got {labels.dtype} of shape {list(labels.shape)}. Pass class numbers."
+        )
+    if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= classes):
+        bad = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
+        raise ValueError(f"{who}: labels must be in [0, {classes}), the model's outputs; got {bad}.")
+
+
+def scores(
+    who: str, model: nn.Module, loader: Iterable[Any], *, device: Device = None, progress: bool = True
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the model's outputs [N, C] float64 and the labels [N] int64, batch by batch, on the CPU.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the loader is empty or yields no (images, labels), a label is out of range, or an output is no finite
+        [N, C].
+    """
+    empty = True
+    with running(model, device) as place, torch.no_grad():
+        for position, batch in enumerate(track(loader, who, show=progress)):
+            images, labels = as_batch(who, batch, position)
+            outputs = check_outputs(who, model(images.to(place)), len(images)).double().cpu()
+            check_labels(who, labels, outputs.shape[1])
+            wrong = len(outputs) - int(outputs.isfinite().all(dim=1).sum())
+            if wrong:
+                raise ValueError(
+                    f"{who}: the model's outputs must be finite; {wrong} of {len(outputs)} images of batch {position}"
+                    " gave NaN or infinity."
+                )
+            empty = empty and not len(images)
+            yield outputs, labels.long().cpu()
+    if empty:
+        raise ValueError(f"{who}: needs at least one image; the loader is empty.")
+
+
+def check_outputs(who: str, outputs: Any, images: int) -> torch.Tensor:
+    """Return ``outputs`` if they are one row of class scores per image; raise ``TypeError`` otherwise."""
+    if isinstance(outputs, torch.Tensor) and outputs.ndim == 2 and len(outputs) == images:
+        return outputs
+    shape = list(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+    raise TypeError(f"{who}: the model must return class scores [{images}, C]; got {shape}.")
+
+
+def loss_and_top1(who: str, model: nn.Module, loader: Iterable[Any], *, device: Device = None) -> tuple[float, float]:
+    """Return mean cross-entropy and share of right classes, and nothing that costs more."""
+    loss, hits, images = 0.0, 0, 0
+    for outputs, labels in scores(who, model, loader, device=device, progress=False):
+        loss += float(F.cross_entropy(outputs, labels, reduction="sum"))
+        hits += int((outputs.argmax(1) == labels).sum())
+        images += len(labels)
+    return loss / images, hits / images
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    num_classes: int | None = None,
+    device: Device = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Classify every image of ``loader`` and say how well that went.
+
+    The model runs in eval mode without gradients; its training flags are put back.
+
+    Parameters
+    ----------
+    model
+        Returns class scores (before any softmax) [N, C] for images [N, ...].
+    loader
+        Yields (images, labels) with labels [N] in [0, C).
+    num_classes
+        If given, C must be this: a guard against the wrong model or data.
+    device
+        Where to compute; by default where the model is. The model is moved back afterwards.
+    progress
+        Whether a progress bar is shown on a terminal.
+
+    Returns
+    -------
+    Evaluation
+        Confusion [C, C], mean cross-entropy, top-1, top-5 (from six classes on) and the mean one-against-rest
+        AUC, for which the scores [images, C] are kept until the end in float32.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the loader is empty or yields no (images, labels), a label is out of range, an output is NaN or
+        infinite, or the model's outputs are not ``num_classes``.
+    """
+    rows: list[FloatArray] = []
+    truth: list[IntArray] = []
+    loss, top5 = 0.0, 0
+    confusion = torch.zeros(0, 0, dtype=torch.int64)
+    for outputs, labels in scores("evaluate", model, loader, device=device, progress=progress):
+        classes = outputs.shape[1]
+        if classes != (num_classes or classes):
+            raise ValueError(f"evaluate: the model must have num_classes={num_classes} outputs; it has {classes}.")
+        if not len(confusion):
+            confusion = torch.zeros(classes, classes, dtype=torch.int64)
+        log_shares = outputs.log_softmax(1)
+        loss += float(F.nll_loss(log_shares, labels, reduction="sum"))
+        pairs = labels * classes + outputs.argmax(1)
+        confusion += torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
+        if classes > 5:
+            top5 += int((outputs.topk(5).indices == labels[:, None]).sum())
+        rows.append(log_shares.float().numpy())
+        truth.append(labels.numpy())
+    images = int(confusion.sum())
+    return Evaluation(
+        confusion=confusion.numpy(),
+        loss=loss / images,
+        top5=top5 / images if len(confusion) > 5 else None,
+        auc=_mean_auc(np.concatenate(truth), np.concatenate(rows)),
+    )
+
+
+def _mean_auc(labels: IntArray, log_shares: FloatArray) -> float | None:
+    """Return the mean one-against-rest AUC, from log-probabilities because those do not saturate at 1."""
+    classes = range(log_shares.shape[1])
+    counts = np.bincount(labels, minlength=len(classes))
+    if (counts == 0).any() or (counts == len(labels)).any():
+        return None
+    return float(np.mean([roc_auc_score(labels == c, log_shares[:, c]) for c in classes]))
+
+
+class _Width(NamedTuple):
+    """How many of its inputs and outputs one layer has once the plan has been carried out."""
+
+    inputs: int
+    outputs: int
+
+
+class _Count(NamedTuple):
+    """One layer as it ran: the module, the positions of the map its weights were applied at, for all calls."""
+
+    name: str
+    module: Counted
+    positions: int
+
+
+def profile(
+    model: nn.Module,
+    example_inputs: torch.Tensor | Sequence[torch.Tensor],
+    *,
+    plan: Plan | None = None,
+    latency: bool = True,
+) -> Profile:
+    """Count what one image costs, under both conventions of the field, and time the network.
+
+    ``compact`` counts the network as it really is: every parameter, and one multiply-accumulate (MAC) per weight
+    and position of its output map. With a plan it counts what the network will be once compacted.
+    ``hrank_v1`` counts as HRank's published tables do: removed filters at the full width of their inputs, no norms,
+    biases in the parameters, and the biases of linear layers in the MACs.
+
+    Convolutions, transposed convolutions and linear layers that run as modules are counted, each as often as it
+    runs; weights that are used without their module are in the parameters and not in the MACs.
+
+    Parameters
+    ----------
+    model
+        Any network.
+    example_inputs
+        What ``model(*example_inputs)`` takes: one tensor, or a sequence; the first dimension counts images.
+    plan
+        Which filters stay.
+    latency
+        Whether to measure the median time of one forward pass of the model as it is, whatever the plan.
+
+    Returns
+    -------
+    Profile
+        Costs per image.
+
+    Raises
+    ------
+    ValueError
+        If the model cannot take the inputs, or the plan is for another model.
+    """
+    inputs = as_inputs("profile", example_inputs)
+    if plan is not None:
+        graph.check_plan("profile", model, plan)
+    counts = _run_and_count(model, inputs)
+    keep = {} if plan is None else {name: len(kept) for name, kept in plan.keep.items()}
+    width = {count.name: _full_width(count.module) for count in counts}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    layers = tuple(_layer(count, width[count.name]) for count in counts)
+    return Profile(
+        parameters=parameters,
+        macs=sum(layer.macs for layer in layers),
+        hrank_v1_parameters=sum(_hrank(count, keep).parameters for count in counts),
+        hrank_v1_macs=sum(_hrank(count, keep).macs for count in counts),
+        latency_ms=latencies([model], inputs)[0] if latency else None,
+        device=device_name(model_device(model)),
+        layers=layers,
+    )
+
+
+def as_inputs(who: str, example_inputs: Any) -> tuple[torch.Tensor, ...]:
+    """Return ``example_inputs`` as a tuple of tensors, each with at least one image; raise otherwise."""
+    inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
+    if not inputs or not all(isinstance(one, torch.Tensor) and one.ndim and len(one) for one in inputs):
+        raise TypeError(f"{who}: example_inputs must be a tensor [N, ...] or a sequence of them, N at least 1.")
+    return inputs
+
+
+def _run_and_count(model: nn.Module, inputs: Sequence[torch.Tensor]) -> list[_Count]:
+    """Run the model once and return its counted layers in order of definition, with positions per image."""
+    images = len(inputs[0])
+    positions: dict[nn.Module, int] = {}
+
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        seen = args[0] if isinstance(module, Transposed) else output
+        channels = seen.shape[-1] if isinstance(module, nn.Linear) else seen.shape[1]
+        positions[module] = positions.get(module, 0) + seen.numel() // (images * channels)
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Counted)}
+    handles = [module.register_forward_hook(hook) for module in layers.values()]
+    try:
+        with running(model) as place, torch.no_grad():
+            model(*(one.to(place) for one in inputs))
+    except Exception as error:
+        shapes = ", ".join(str(list(one.shape)) for one in inputs)
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"profile: the model cannot take example_inputs of {shapes} ({reason[0]}).") from None
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [_Count(name, module, positions.get(module, 0)) for name, module in layers.items()]
+
+
+def _full_width(module: Counted) -> _Width:
+    if isinstance(module, nn.Linear):
+        return _Width(module.in_features, module.out_features)
+    return _Width(module.in_channels, module.out_channels)
+
+
+def _weights(module: Counted, width: _Width) -> int:
+    """Return how many weights ``module`` has at ``width``; groups divide them."""
+    if isinstance(module, nn.Linear):
+        return width.inputs * width.outputs
+    return width.inputs * width.outputs // module.groups * int(np.prod(module.kernel_size))
+
+
+def _layer(count: _Count, width: _Width) -> LayerCount:
+    name, module, positions = count
+    weights = _weights(module, width)
+    return LayerCount(
+        name=name,
+        kind=type(module).__name__,
+        outputs=_full_width(module).outputs,
+        kept=width.outputs,
+        parameters=weights + (width.outputs if module.bias is not None else 0),
+        macs=weights * positions,
+    )
+
+
+def _hrank(count: _Count, keep: dict[str, int]) -> LayerCount:
+    """Count one layer by ``hrank_v1``: kept filters at full input width, biases of linear layers in the MACs."""
+    full = _full_width(count.module)
+    layer = _layer(count, _Width(full.inputs, keep.get(count.name, full.outputs)))
+    if not isinstance(count.module, nn.Linear) or count.module.bias is None:
+        return layer
+    biases = count.positions * full.outputs
+    return LayerCount(layer.name, layer.kind, layer.outputs, layer.kept, layer.parameters, layer.macs + biases)
+
+
+def latencies(
+    models: Sequence[nn.Module], inputs: torch.Tensor | Sequence[torch.Tensor], budget_s: float = 0.4
+) -> list[float]:
+    """Return each model's median time in milliseconds for one forward pass of ``inputs``.
+
+    The models take turns, and the order turns round every time, so that a machine that slows down or warms up
+    does so for all of them. Each is run in eval mode without gradients, first untimed, then timed until
+    ``budget_s`` seconds have gone, and at least three times; a GPU is waited for before and after each run.
+    """
+    tensors = as_inputs("latencies", inputs)
+    if not models:
+        return []
+    taken: list[list[float]] = [[] for _ in models]
+    with torch.no_grad():
+        for model in models:
+            _timed(model, tensors)
+        order = list(range(len(models)))
+        end = time.perf_counter() + budget_s
+        while len(taken[0]) < 3 or time.perf_counter() < end:
+            for i in order:
+                taken[i].append(_timed(models[i], tensors))
+            order.reverse()
+    return [statistics.median(times) for times in taken]
+
+
+def _timed(model: nn.Module, inputs: Sequence[torch.Tensor]) -> float:
+    with running(model) as place:
+        moved = [one.to(place) for one in inputs]
+        _synchronise(place)
+        start = time.perf_counter()
+        model(*moved)
+        _synchronise(place)
+        return (time.perf_counter() - start) * 1e3
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a person calls ``device``: the GPU's name, or the CPU's with the number of threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return str(device)
+    threads = torch.get_num_threads()
+    return f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

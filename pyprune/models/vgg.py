@@ -1,0 +1,154 @@
+"""VGG networks with batch norm, under the parameter names that HRank's checkpoints use."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+MAX = "max"
+AVERAGE = "average"
+
+VGG16: tuple[int | str, ...] = (
+    64, 64, MAX, 128, 128, MAX, 256, 256, 256, MAX, 512, 512, 512, MAX, 512, 512, 512, AVERAGE,
+)  # fmt: skip
+
+
+class VGG(nn.Module):
+    """A chain of convolution, norm and activation with pools in between, then a classifier.
+
+    Parameters
+    ----------
+    layout
+        One entry per position i: a width makes ``features.conv{i}`` (3x3, padding 1, bias), ``features.norm{i}``
+        and ``features.relu{i}``; ``"max"`` and ``"average"`` make the 2x2 pool ``features.pool{i}``.
+    classifier
+        What follows the flattened maps.
+    in_channels
+        Channels of the images.
+    """
+
+    def __init__(self, layout: Sequence[int | str], classifier: nn.Module, *, in_channels: int) -> None:
+        super().__init__()
+        self.features = _features(layout, in_channels)
+        self.classifier = classifier
+        _initialise(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the scores [N, classes] of images ``x`` [N, C, H, W]."""
+        y: torch.Tensor = self.classifier(torch.flatten(self.features(x), 1))
+        return y
+
+
+def vgg16_bn(*, num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> VGG:
+    """VGG-16 with batch norm for 32x32 images, the network of the published CIFAR comparisons.
+
+    Thirteen convolutions with bias, four max pools, a 2x2 average pool, and two linear layers with a norm and an
+    activation between them. Convolutions stand at the positions 0, 1, 3, 4, 6, 7, 8, 10, 11, 12, 14, 15 and 16, so
+    a state dict has HRank's keys: ``features.conv0.weight`` ... ``classifier.norm1.weight``,
+    ``classifier.linear2.weight``.
+
+    Parameters
+    ----------
+    num_classes
+        Outputs of the last layer.
+    in_channels
+        Channels of the images [N, in_channels, 32, 32].
+    width
+        Factor on every width; each is rounded and at least 1.
+
+    Returns
+    -------
+    VGG
+        With fresh weights: He-normal convolutions, so that signals keep their variance through the ReLUs.
+
+    Raises
+    ------
+    ValueError
+        If a count is below 1 or ``width`` is not positive.
+
+    Examples
+    --------
+    >>> vgg16_bn(width=0.125)(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+    if not 0 < width < float("inf"):
+        raise ValueError(f"vgg16_bn: width must be a positive factor; got {width}.")
+    _check_counts("vgg16_bn", num_classes=num_classes, in_channels=in_channels)
+    layout = [max(1, round(size * width)) if isinstance(size, int) else size for size in VGG16]
+    last = max(1, round(512 * width))
+    classifier = nn.Sequential(
+        OrderedDict[str, nn.Module](
+            linear1=nn.Linear(last, last),
+            norm1=nn.BatchNorm1d(last),
+            relu1=nn.ReLU(inplace=True),
+            linear2=nn.Linear(last, num_classes),
+        )
+    )
+    return VGG(layout, classifier, in_channels=in_channels)
+
+
+def vgg_digits(
+    *, num_classes: int = 10, in_channels: int = 1, widths: Sequence[int] = (32, 32, 64, 64, 128, 128)
+) -> VGG:
+    """Build a small VGG for 16x16 images, made to be trained and pruned within a minute or two on a CPU.
+
+    Two convolutions, then a max pool, and so on; the last maps (2x2 for three pairs) are flattened into one linear
+    layer, ``classifier.linear``.
+
+    Parameters
+    ----------
+    num_classes
+        Outputs of the linear layer.
+    in_channels
+        Channels of the images [N, in_channels, 16, 16].
+    widths
+        Filters of each convolution: an even number of entries, two to eight.
+
+    Raises
+    ------
+    ValueError
+        If a count is below 1, or ``widths`` does not consist of one to four pairs.
+    """
+    _check_counts("vgg_digits", num_classes=num_classes, in_channels=in_channels, widths=min(widths, default=0))
+    pairs, odd = divmod(len(widths), 2)
+    if odd or not 1 <= pairs <= 4:
+        raise ValueError(f"vgg_digits: widths must be one to four pairs; got {len(widths)} of them.")
+    layout: list[int | str] = []
+    for pair in range(pairs):
+        layout += [*widths[2 * pair : 2 * pair + 2], MAX]
+    side = 16 >> pairs
+    classifier = nn.Sequential(OrderedDict(linear=nn.Linear(widths[-1] * side * side, num_classes)))
+    return VGG(layout, classifier, in_channels=in_channels)
+
+
+def _check_counts(who: str, **counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{who}: {name} must be at least 1; got {count}.")
+
+
+def _features(layout: Sequence[int | str], channels: int) -> nn.Sequential:
+    """Build the modules of ``layout``, numbered by position."""
+    modules: OrderedDict[str, nn.Module] = OrderedDict()
+    for i, entry in enumerate(layout):
+        if isinstance(entry, str):
+            modules[f"pool{i}"] = nn.MaxPool2d(2) if entry == MAX else nn.AvgPool2d(2)
+            continue
+        modules[f"conv{i}"] = nn.Conv2d(channels, entry, kernel_size=3, padding=1)
+        modules[f"norm{i}"] = nn.BatchNorm2d(entry)
+        modules[f"relu{i}"] = nn.ReLU(inplace=True)
+        channels = entry
+    return nn.Sequential(modules)
+
+
+def _initialise(model: nn.Module) -> None:
+    """Draw He-normal convolutions and hidden linear layers; biases start at zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            mode = "fan_out" if isinstance(module, nn.Conv2d) else "fan_in"
+            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
