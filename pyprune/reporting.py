@@ -64,6 +64,8 @@ def _costs(slim: Compacted) -> list[tuple[str, str, str, str]]:
     rows: list[tuple[str, float | None, float | None, str]] = [
         ("Parameters", before.parameters, after.parameters, ",.0f"),
         ("MACs an image", before.macs, after.macs, ",.0f"),
+        ("Parameters as HRank counts", before.hrank_v1_parameters, after.hrank_v1_parameters, ",.0f"),
+        ("MACs as HRank counts", before.hrank_v1_macs, after.hrank_v1_macs, ",.0f"),
         (f"Latency, ms ({after.device})", before.latency_ms, after.latency_ms, ".3f"),
     ]
     return [

@@ -1,0 +1,178 @@
+"""The command line as a user meets it: what it writes, and the one line that bad input gets."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyprune as pp
+from pyprune import cli, files
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run a command in this process; returns the exit status, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pyprune", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of the demo's network, barely trained: ranks and plans are real, accuracies are not."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
+    files.write_tensors(path, pp.models.vgg_digits().state_dict(), {})
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(weights: Path) -> tuple[object, ...]:
+    return ("--arch", "vgg_digits", "--weights", weights)
+
+
+def test_rank_select_and_compact_follow_one_another(run: Run, model: tuple[object, ...], tmp_path: Path) -> None:
+    status, out, _ = run("rank", *model, "--images-per-class", 3, "--json")
+    assert status == 0
+    layers = json.loads(out)["layers"]
+    assert [row["filters"] for row in layers] == [32, 32, 64, 64, 128, 128]
+
+    status, out, _ = run("select", "--arch", "vgg_digits", "--ranks", "ranks.safetensors", "--method", "hrank",
+                         "--rates", 0.75, "--json")  # fmt: skip
+    assert status == 0
+    assert [row["after"] for row in json.loads(out)["layers"]] == [8, 8, 16, 16, 32, 32]
+
+    status, out, _ = run("compact", *model, "--plan", "plan.json", "--json")
+    assert status == 0
+    shown = json.loads(out)
+    assert shown["parameters"][0] > 10 * shown["parameters"][1]
+    assert shown["certificate"].startswith("slim = masked")
+    assert sorted(path.name for path in (tmp_path / "slim").iterdir()) == [
+        "README.md", "architecture.json", "model.safetensors", "slim_model.py"]  # fmt: skip
+    assert sum(p.numel() for p in pp.load_slim(tmp_path / "slim").parameters()) == shown["parameters"][1]
+
+
+def test_prune_leaves_everything(run: Run, model: tuple[object, ...], tmp_path: Path) -> None:
+    exclude = [word for i in (3, 4, 6, 7) for word in ("--exclude", f"features.conv{i}")]
+    status, out, err = run("prune", *model, "--images-per-class", 3, "--epochs", 1, "--out", "run", *exclude)
+    assert (status, err) == (0, "")
+    assert "slim = masked" in out
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert written == {
+        "ranks.safetensors", "plan.json", "history.json", "evaluation_original.json", "evaluation_masked.json",
+        "evaluation_slim.json", "slim", "report.html"}  # fmt: skip
+    plan = pp.Plan.load(tmp_path / "run" / "plan.json")
+    assert len(plan.keep["features.conv7"]) == plan.filters["features.conv7"]
+
+
+def test_doctor_says_what_is_there(run: Run) -> None:
+    status, out, _ = run("doctor")
+    assert status == 0
+    assert "cpu_baseline" in out
+    status, out, _ = run("doctor", "--json")
+    assert json.loads(out)["pyprune"] == pp.__version__
+
+
+def test_ones_own_model_by_its_factory(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("import pyprune as pp\nbuild = lambda: pp.models.vgg_digits(widths=(8,) * 6)\n")
+    files.write_tensors(tmp_path / "w", pp.models.vgg_digits(widths=(8,) * 6).state_dict(), {})
+    status, out, _ = run("rank", "--arch", "mine:build", "--weights", "w", "--images-per-class", 2, "--json")
+    assert status == 0
+    assert [row["filters"] for row in json.loads(out)["layers"]] == [8] * 6
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> dict[str, Path]:
+    """Files that are not what they should be."""
+    folder = tmp_path_factory.mktemp("bad")
+    found = {name: folder / name for name in ("truncated", "foreign", "other_plan", "other_ranks", "small", "a_file")}
+    found["truncated"].write_bytes(weights.read_bytes()[:1000])
+    found["foreign"].write_text("hello")
+    found["a_file"].write_text("")
+    pp.Plan({"features.conv0": [0]}, {"features.conv0": 99}).save(found["other_plan"])
+    pp.ClassRanks({"features.conv0": torch.ones(5, 10).numpy()}).save(found["other_ranks"])
+    files.write_tensors(found["small"], pp.models.vgg_digits(widths=(8,) * 6).state_dict(), {})
+    return found
+
+
+COMMANDS = {
+    "unknown architecture": ("rank --arch vgg_digit --weights {weights}", "Did you mean vgg_digits?"),
+    "factory that is not there": ("rank --arch os:nothing --weights {weights}", "package.module:factory"),
+    "factory that builds something else": ("rank --arch os:getcwd --weights {weights}", "it returned str"),
+    "weights missing": ("rank --arch vgg_digits --weights nowhere", "nowhere"),
+    "weights truncated": ("rank --arch vgg_digits --weights {truncated}", "may be truncated"),
+    "weights foreign": ("rank --arch vgg_digits --weights {foreign}", "not a valid safetensors file"),
+    "weights of another model": ("rank --arch vgg_digits --weights {small}", "is [128, 128, 3, 3] in the network"),
+    "unknown data": ("rank --arch vgg_digits --weights {weights} --data digit", "digits"),
+    "too many images": ("rank --arch vgg_digits --weights {weights} --images-per-class 1000", "1000"),
+    "unknown taps": ("rank --arch vgg_digits --weights {weights} --taps relu", "activation"),
+    "no such option": ("rank --arch vgg_digits --wieghts {weights}", "No such option"),
+    "option missing": ("rank --arch vgg_digits", "--weights"),
+    "option of the wrong kind": ("rank --arch vgg_digits --weights {weights} --images-per-class few", "few"),
+    "no such command": ("ranks", "ranks"),
+    "ranks missing": ("select --arch vgg_digits --ranks nowhere", "nowhere"),
+    "ranks foreign": ("select --arch vgg_digits --ranks {weights}", "pyprune.ranks"),
+    "ranks truncated": ("select --arch vgg_digits --ranks {truncated}", "may be truncated"),
+    "ranks of another model": ("select --arch vgg_digits --ranks {other_ranks}", "features.conv0"),
+    "unknown method": ("select --arch vgg_digits --ranks {ranks} --method crnk", "crank"),
+    "rate out of range": ("select --arch vgg_digits --ranks {ranks} --method hrank --rates 1.5", "[0, 1)"),
+    "rates missing": ("select --arch vgg_digits --ranks {ranks} --method hrank", "rates"),
+    "unknown layer": ("select --arch vgg_digits --ranks {ranks} --exclude features.conv2", "features.conv"),
+    "plan missing": ("compact --arch vgg_digits --weights {weights} --plan nowhere", "nowhere"),
+    "plan foreign": ("compact --arch vgg_digits --weights {weights} --plan {foreign}", "not readable JSON"),
+    "plan of another model": ("compact --arch vgg_digits --weights {weights} --plan {other_plan}", "another model"),
+    "output is a file": ("prune --arch vgg_digits --weights {weights} --out {a_file}", "must be writable"),
+    "unknown fine-tuning": ("prune --arch vgg_digits --weights {weights} --finetune-on fat", "finetune_on"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ranks") / "ranks.safetensors"
+    widths = {"features.conv0": 32, "features.conv1": 32}
+    generator = torch.Generator().manual_seed(0)
+    pp.ClassRanks({n: torch.rand(F, 10, generator=generator).double().numpy() for n, F in widths.items()}).save(path)
+    return path
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_bad_input_gets_one_line_and_status_2(
+    run: Run, weights: Path, ranks: Path, bad: dict[str, Path], case: str
+) -> None:
+    command, message = COMMANDS[case]
+    status, out, err = run(*command.format(weights=weights, ranks=ranks, **bad).split())
+    assert status == 2
+    assert message in err
+    assert err.startswith("pyprune")
+    assert err.count("\n") == 1
+    assert "Traceback" not in out + err
+
+
+def test_the_installed_program_exits_with_2_and_no_traceback() -> None:
+    program = Path(sys.executable).with_name("pyprune")
+    found = subprocess.run([program, "rank", "--arch", "x", "--weights", "y"], capture_output=True, text=True)
+    assert found.returncode == 2
+    assert found.stderr.count("\n") == 1
+
+
+def test_interrupting_is_said_in_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyprune.machine.backends", interrupt)
+    status, _, err = run("doctor")
+    assert status == 130
+    assert err == "pyprune: interrupted; nothing half-written was left behind.\n"
