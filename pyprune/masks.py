@@ -1,0 +1,164 @@
+"""Masks: filters that are zero and stay zero while the network is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from pyprune import graph
+from pyprune.types import IntArray, Plan
+
+
+class Masks:
+    """The zeros of a masked model, and the means to keep them; :func:`pyprune.mask_` makes one.
+
+    Parameters
+    ----------
+    model
+        The masked model. Its parameters are looked up by name each time, so they may be moved, converted or
+        replaced in between.
+    dead
+        For each parameter, by qualified name, the int64 indices along its first dimension that are zero.
+    kept
+        Filters that the plan removes and that no mask can silence: ``{layer: {filter: reason}}``. They stay.
+
+    Attributes
+    ----------
+    dead, kept
+        As given.
+    """
+
+    def __init__(
+        self, model: nn.Module, dead: Mapping[str, IntArray], kept: Mapping[str, Mapping[int, str]] | None = None
+    ) -> None:
+        self.model = model
+        self.dead = dict(dead)
+        self.kept = {name: dict(filters) for name, filters in (kept or {}).items()}
+        self._indices: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def zeros(self) -> int:
+        """How many numbers the masks hold at zero."""
+        return sum(len(rows) * self._parameter(name)[0].numel() for name, rows in self.dead.items())
+
+    def reapply(self) -> None:
+        """Set every masked number to zero again, in place and outside of autograd.
+
+        Raises
+        ------
+        ValueError
+            If a masked parameter has gone from the model, or has become too short.
+        """
+        with torch.no_grad():
+            for name in self.dead:
+                parameter = self._parameter(name)
+                parameter.index_fill_(0, self._rows(name, parameter.device), 0)
+
+    def attach(self, optimizer: Optimizer) -> Masks:
+        """Reapply the masks after every step of ``optimizer``, since momentum and weight decay revive filters.
+
+        Steps that mixed precision skips change nothing and so need nothing.
+
+        Parameters
+        ----------
+        optimizer
+            Any torch optimizer over parameters of the masked model.
+
+        Returns
+        -------
+        Masks
+            This object, so that masking and attaching fit on one line. The optimizer keeps it alive.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``optimizer`` is none, or trains none of the masked parameters although they ask for gradients: it
+            was made for another model.
+        """
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"Masks.attach: needs a torch optimizer; got {type(optimizer).__name__}.")
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        masked = [self._parameter(name) for name in self.dead]
+        wanted = [parameter for parameter in masked if parameter.requires_grad]
+        if wanted and not any(id(parameter) in trained for parameter in wanted):
+            raise ValueError(
+                "Masks.attach: the optimizer must train the masked model; it holds none of its masked parameters. "
+                "Mask the model that it was made for."
+            )
+        self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        return self
+
+    def remove(self) -> None:
+        """Let go of every optimizer. The zeros stay until something changes them."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.reapply()
+
+    def _parameter(self, name: str) -> torch.Tensor:
+        try:
+            parameter = self.model.get_parameter(name)
+        except AttributeError:
+            raise ValueError(
+                f"Masks: the model has no parameter {name!r} any more. Mask the model again after changing it."
+            ) from None
+        last = int(self.dead[name][-1])
+        if parameter.ndim == 0 or len(parameter) <= last:
+            raise ValueError(
+                f"Masks: {name!r} must have more than {last} rows; it has shape {list(parameter.shape)}. "
+                "Mask the model again after changing it."
+            )
+        return parameter
+
+    def _rows(self, name: str, device: torch.device) -> torch.Tensor:
+        if (name, device) not in self._indices:
+            self._indices[name, device] = torch.tensor(self.dead[name], device=device)
+        return self._indices[name, device]
+
+
+def mask_(model: nn.Module, plan: Plan) -> Masks:
+    """Zero the filters that ``plan`` removes, in place, with all that would bring their channels back to life.
+
+    A removed filter's weights and bias become zero, and so does the affine slice of every per-channel norm that
+    its channel reaches before the next operation that mixes channels (thesis section 4.3 masks filters; without
+    the norm, its shift would still pass). At a join the walk goes on only where every producer of the channel is
+    removed. Filters that cannot be silenced so, for example behind a norm without affine parameters, are left as
+    they are and named in ``Masks.kept``.
+
+    Parameters
+    ----------
+    model
+        Changed in place; it must be traceable by torch.fx.
+    plan
+        Which filters stay. Layers that it does not name keep all.
+
+    Returns
+    -------
+    Masks
+        ``masks.attach(optimizer)`` makes the zeros hold through training.
+
+    Raises
+    ------
+    ValueError
+        If the plan is for another model, or the model cannot be traced. Nothing has been changed then.
+
+    Examples
+    --------
+    >>> from pyprune import Plan
+    >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    >>> masks = mask_(model, Plan(keep={"0": [0, 2]}))
+    >>> model[0].weight[1].abs().sum().item(), model[1].weight.tolist(), masks.zeros
+    (0.0, [1.0, 0.0, 1.0, 0.0], 24)
+    """
+    dead = graph.dead_slices(model, plan, "mask_")
+    masks = Masks(model, dead, graph.unmaskable(model, plan, "mask_"))
+    masks.reapply()
+    return masks
