@@ -1,0 +1,6 @@
+#include "bindings.h"
+
+PYBIND11_MODULE(_core, module) {
+  module.doc() = "Native kernels of pyprune.";
+  pyprune::register_rank(module);
+}

@@ -1,0 +1,97 @@
+#include "pyprune/rank.h"
+
+#include <pybind11/numpy.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "bindings.h"
+
+namespace py = pybind11;
+
+namespace pyprune {
+namespace {
+
+constexpr double kChunkSeconds = 0.05;  // how long a thread may work before Ctrl-C is looked for
+
+const RankVariant* const kVariants[] = {
+    &kRankBaseline,
+#ifdef PYPRUNE_X86
+    &kRankAvx2,
+    &kRankAvx512,
+#endif
+};
+
+// Every compiled variant and why this CPU cannot run it ("" where it can), slowest first.
+py::dict rank_variants() {
+  py::dict variants;
+  for (const RankVariant* variant : kVariants) {
+    variants[variant->name] = variant->supported() ? "" : std::string("this CPU lacks ") + variant->needs;
+  }
+  return variants;
+}
+
+const RankVariant& find(const std::string& name) {
+  for (const RankVariant* variant : kVariants) {
+    if (name == variant->name && variant->supported()) return *variant;
+  }
+  throw std::invalid_argument("rank: no variant " + name + " on this CPU");
+}
+
+Maps describe(const py::array& maps) {
+  const bool is_double = maps.dtype().num() == py::detail::npy_api::NPY_DOUBLE_;
+  if (!is_double && maps.dtype().num() != py::detail::npy_api::NPY_FLOAT_) {
+    throw py::type_error("rank: maps must be float32 or float64 in native byte order");
+  }
+  const py::ssize_t item = maps.itemsize();
+  std::ptrdiff_t strides[4];
+  if (maps.ndim() != 4) throw std::invalid_argument("rank: maps must be [N, C, H, W]");
+  for (int i = 0; i < 4; ++i) {
+    if (maps.strides(i) % item) throw std::invalid_argument("rank: strides must be whole elements");
+    strides[i] = maps.strides(i) / item;
+  }
+  if (reinterpret_cast<std::uintptr_t>(maps.data()) % static_cast<std::uintptr_t>(item)) {
+    throw std::invalid_argument("rank: maps must be aligned");
+  }
+  return {maps.data(),
+          is_double,
+          maps.shape(0),
+          maps.shape(1),
+          strides[0],
+          strides[1],
+          {maps.shape(2), maps.shape(3), strides[2], strides[3]}};
+}
+
+py::array_t<std::int32_t> rank(const py::array& array, double rtol, const std::string& name, int threads) {
+  const Maps maps = describe(array);
+  const RankVariant& variant = find(name);
+  const std::ptrdiff_t count = maps.N * maps.C;
+  py::array_t<std::int32_t> result(count);
+  std::int32_t* ranks = result.mutable_data();
+  if (count == 0 || maps.shape.short_side() == 0) {
+    std::fill_n(ranks, count, 0);
+    return result;
+  }
+  const double chunk = kChunkSeconds / rank_seconds(maps.shape) * std::max(threads, 1);
+  const std::ptrdiff_t step = chunk < static_cast<double>(count) ? static_cast<std::ptrdiff_t>(chunk) + 1 : count;
+  for (std::ptrdiff_t first = 0; first < count; first += step) {
+    {
+      py::gil_scoped_release release;
+      rank_maps(maps, rtol, variant, threads, first, std::min(first + step, count), ranks);
+    }
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  }
+  return result;
+}
+
+}  // namespace
+
+void register_rank(py::module_& module) {
+  module.def("rank_variants", &rank_variants, "Each compiled variant, slowest first, and why it cannot run ('').");
+  module.def("rank", &rank, py::arg("maps"), py::arg("rtol"), py::arg("variant"), py::arg("threads"),
+             "Ranks int32 [N * C] of maps [N, C, H, W], any strides; -1 for a map with NaN or infinity.");
+}
+
+}  // namespace pyprune

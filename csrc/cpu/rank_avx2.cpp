@@ -1,0 +1,13 @@
+#define PYPRUNE_LANES 4
+#include "rank_kernel.h"
+
+namespace pyprune {
+namespace {
+bool supported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+}  // namespace
+
+extern const RankVariant kRankAvx2 = {"cpu_avx2", "AVX2 and FMA", supported, kLanes, workspace_bytes, run_block};
+
+}  // namespace pyprune

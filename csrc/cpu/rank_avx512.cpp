@@ -1,0 +1,14 @@
+#define PYPRUNE_LANES 8
+#include "rank_kernel.h"
+
+namespace pyprune {
+namespace {
+bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+}  // namespace
+
+extern const RankVariant kRankAvx512 = {"cpu_avx512", "AVX-512 F, VL and DQ", supported,
+                                        kLanes,       workspace_bytes,        run_block};
+
+}  // namespace pyprune

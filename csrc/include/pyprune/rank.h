@@ -1,0 +1,57 @@
+// Numerical rank of many small matrices: how many singular values exceed rtol * sigma_max.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace pyprune {
+
+// One map [H, W] of a batch; strides count elements.
+struct MapShape {
+  std::ptrdiff_t H, W, stride_h, stride_w;
+
+  std::ptrdiff_t short_side() const { return H < W ? H : W; }
+  std::ptrdiff_t long_side() const { return H < W ? W : H; }
+};
+
+// A batch [N, C] of such maps.
+struct Maps {
+  const void* data;
+  bool is_double;  // else float
+  std::ptrdiff_t N, C, stride_n, stride_c;
+  MapShape shape;
+};
+
+enum : std::int32_t {
+  kRankNotFinite = -1,  // the map holds NaN or infinity
+  kRankUndecided = -2,  // internal: neither bracket of sigma_max decided
+};
+
+constexpr int kMaxLanes = 16;
+
+// One variant: `lanes` maps at a time, one per SIMD lane.
+struct RankVariant {
+  const char* name;
+  const char* needs;  // instruction sets, in words
+  bool (*supported)();
+  int lanes;
+  std::size_t (*workspace)(const MapShape&, bool is_double);  // bytes, for 64-byte aligned memory
+  // maps[0..lanes): the maps' first elements. refine: narrow the bracket of sigma_max by power steps.
+  void (*run)(const void* const* maps, const MapShape&, bool is_double, double rtol, bool refine, void* workspace,
+              std::int32_t* ranks);
+};
+
+extern const RankVariant kRankBaseline, kRankAvx2, kRankAvx512;  // the latter two on x86-64 only
+
+// Ranks of maps [first, last), counted along [N, C], into ranks[first..last).
+void rank_maps(const Maps&, double rtol, const RankVariant&, int threads, std::ptrdiff_t first, std::ptrdiff_t last,
+               std::int32_t* ranks);
+
+// Rough cost of one map, for deciding about threads and chunks.
+double rank_seconds(const MapShape&);
+
+// The slow, sure path for one map: float64 Gram matrix, Householder tridiagonalisation, Sturm counts.
+std::size_t rank_tridiagonal_workspace(const MapShape&);  // doubles
+std::int32_t rank_tridiagonal(const void* map, const MapShape&, bool is_double, double rtol, double* workspace);
+
+}  // namespace pyprune
