@@ -145,10 +145,11 @@ def _features(layout: Sequence[int | str], channels: int) -> nn.Sequential:
 
 
 def _initialise(model: nn.Module) -> None:
-    """Draw He-normal convolutions and hidden linear layers; biases start at zero."""
+    """Draw He-normal convolutions and LeCun-normal linear layers (a norm or the loss follows them); zero biases."""
     for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            mode = "fan_out" if isinstance(module, nn.Conv2d) else "fan_in"
-            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
