@@ -1,0 +1,545 @@
+"""Class-conditional ranks of feature maps: what every filter tells about every class (thesis section 4.1)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from pyprune import files, graph
+from pyprune.features import Layers, convolution_calls, find_taps, why_left_out
+from pyprune.machine import this_machine
+from pyprune.measure import Device, running
+from pyprune.ops.rank import choose_rank, matrix_rank
+from pyprune.progress import bar
+from pyprune.sampling import Sample, draw_sample, integer_labels
+from pyprune.types import ClassRanks, IntArray
+
+CHECKPOINT_SECONDS = 5.0
+"""At most this much ranking is lost when a run is killed."""
+
+MAX_GROWTH = 1 << 16
+"""Labels from here on need an explicit ``num_classes``: one stray label must not allocate the memory."""
+
+CHECKPOINT = "pyprune.ranking"
+
+
+class RankAccumulator:
+    """Rank the feature maps of a model while one's own loop runs it, and add the ranks up by class.
+
+    Inside the ``with`` block ``model(x)`` returns what it returns otherwise, in eval mode and without gradients, and
+    the maps at every tap are ranked the moment they exist: only ranks, int32 [N, F], are held until
+    :meth:`update` adds them to int64 sums, and no map outlives its batch. The model is run node by node from its
+    traced graph (so forward hooks of modules that contain others do not fire), or as it is, with hooks, where taps
+    are named by hand. On leaving, ``forward`` and the training flags are what they were.
+
+    Parameters
+    ----------
+    model
+        The network.
+    layers, taps
+        Which convolutions are read, and where; see :func:`pyprune.features.find_taps`.
+    num_classes
+        Number of classes, C; ``None`` lets it grow with the labels seen.
+
+    Attributes
+    ----------
+    taps : dict
+        For each convolution where it is read, a :class:`pyprune.features.Tap`.
+    left_out : dict
+        Convolutions that are not read, and why.
+    variants : set
+        Which variants of :func:`pyprune.matrix_rank` ran.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As :func:`pyprune.features.find_taps`.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
+    >>> accumulator = RankAccumulator(model, num_classes=2)
+    >>> with accumulator:
+    ...     for images, labels in [(torch.ones(2, 1, 8, 8), torch.tensor([0, 1]))]:
+    ...         y = model(images)
+    ...         accumulator.update(labels)
+    >>> accumulator.ranks().layers["0"].shape
+    (4, 2)
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Layers = None, taps: str = "activation", *, num_classes: int | None = None
+    ) -> None:
+        self._graph = None if isinstance(layers, Mapping) else graph.trace(model, "RankAccumulator")
+        self.taps = find_taps(model, layers, taps, traced=self._graph)
+        self.left_out = {} if self._graph is None or layers is not None else _left_out(model, self._graph, self.taps)
+        self.num_classes = num_classes
+        self._model = model
+        convolutions = graph.convolutions(model)
+        self._filters = {name: convolutions[name].out_channels for name in self.taps}
+        self._layers_at: dict[str, list[str]] = {}  # several convolutions may share one tap
+        for name, tap in self.taps.items():
+            self._layers_at.setdefault(tap.node, []).append(name)
+        C = num_classes or 0
+        self._counts = torch.zeros(C, dtype=torch.int64)
+        self._sums = {
+            node: torch.zeros(C, self._filters[names[0]], dtype=torch.int64) for node, names in self._layers_at.items()
+        }
+        self.variants: set[str] = set()
+        self._machine = this_machine()
+        self._shapes: dict[str, tuple[int, int]] = {}
+        self._pending: dict[str, torch.Tensor] = {}
+        self._open: ExitStack | None = None
+
+    def __enter__(self) -> RankAccumulator:
+        if self._open is not None:
+            raise ValueError("RankAccumulator: it reads this model already; leave the first `with` before the next.")
+        with ExitStack() as stack:
+            stack.enter_context(_eval_mode(self._model))
+            run = stack.enter_context(self._hooked()) if self._graph is None else self._interpreted(self._graph)
+            stack.enter_context(_forward_replaced(self._model, self._guarded(run)))
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        stack, self._open = self._open, None
+        if stack is not None:
+            stack.close()
+        forgotten, self._pending = bool(self._pending), {}
+        if forgotten and kind is None:
+            raise ValueError("RankAccumulator: the last batch was run and not counted; call update(labels) after it.")
+
+    def update(self, labels: Any) -> None:
+        """Add the ranks of the batch that the model ran last to the sums of its classes.
+
+        Parameters
+        ----------
+        labels
+            [N] class indices, one per image, in any mix: a tensor, an array or a list.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If no batch is waiting, a tap was not reached, or the labels are not N whole numbers in
+            [0, num_classes). The batch keeps waiting, so the right labels may follow.
+        """
+        if not self._pending:
+            raise ValueError("RankAccumulator: update needs a batch; call model(x) inside the `with` block first.")
+        missing = [names[0] for node, names in self._layers_at.items() if node not in self._pending]
+        if missing:
+            raise ValueError(f"RankAccumulator: the forward pass did not reach the tap of {missing[0]!r}.")
+        index = torch.from_numpy(self._check_labels(integer_labels("RankAccumulator", labels)))
+        self._grow(int(index.max()) + 1 if len(index) else 0)
+        for node, ranks in self._pending.items():
+            self._sums[node].index_add_(0, index, ranks.to(torch.int64))
+        self._counts += torch.bincount(index, minlength=len(self._counts))
+        self._pending = {}
+
+    def ranks(self, info: Mapping[str, Any] | None = None) -> ClassRanks:
+        """Return the mean ranks so far, R [F, C] = sum / count; ``info`` is kept with them.
+
+        Raises
+        ------
+        ValueError
+            If a class has no image yet.
+        """
+        empty = torch.nonzero(self._counts == 0).flatten().tolist()
+        if empty or not len(self._counts):
+            which = f"class {empty[0]} has none" if empty else "nothing was counted"
+            raise ValueError(
+                f"RankAccumulator: needs an image of every class; {which}. Feed more, or lower num_classes."
+            )
+        notes = {name: tap.note for name, tap in self.taps.items() if tap.note}
+        counts = self._counts.numpy()
+        return ClassRanks(
+            layers={name: (self._sums[tap.node].numpy() / counts[:, None]).T for name, tap in self.taps.items()},
+            counts=counts,
+            shapes={name: self._shapes[tap.node] for name, tap in self.taps.items()},
+            taps={name: tap.node for name, tap in self.taps.items()},
+            info={"notes": notes, "left_out": dict(self.left_out), **(info or {})},
+        )
+
+    def merge(self, other: RankAccumulator) -> None:
+        """Add the sums of ``other``, which read other images of the same model at the same taps.
+
+        Raises
+        ------
+        ValueError
+            If taps, filters or map sizes differ, or either has a batch waiting.
+        """
+        if other._pending:
+            raise ValueError("RankAccumulator: the other one has a batch waiting; call its update(labels) first.")
+        self._add(other.state_dict())
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return copies of the int64 sums [C, F], the images counted per class [C], and the maps' sizes (H, W)."""
+        sizes = {f"shape/{node}": torch.tensor(shape) for node, shape in self._shapes.items()}
+        sums = {f"sums/{node}": total.clone() for node, total in self._sums.items()}
+        return {"counts": self._counts.clone(), **sizes, **sums}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Replace the sums by those of :meth:`state_dict`.
+
+        Raises
+        ------
+        ValueError
+            If they are of other taps, filters or classes, or a batch is waiting.
+        """
+        self._check_state(state)
+        self._counts.zero_()
+        for total in self._sums.values():
+            total.zero_()
+        self._shapes = {}
+        self._add(state)
+
+    def _add(self, state: Mapping[str, torch.Tensor]) -> None:
+        self._check_state(state)
+        self._grow(len(state["counts"]))
+        C = len(state["counts"])
+        self._counts[:C] += state["counts"]
+        for node, total in self._sums.items():
+            total[:C] += state[f"sums/{node}"]
+            if f"shape/{node}" in state:
+                self._check_shape(node, tuple(state[f"shape/{node}"].tolist()))
+
+    def _check_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Raise ``ValueError`` unless ``state`` can be added to this accumulator."""
+        if self._pending:
+            raise ValueError("RankAccumulator: a batch is waiting; call update(labels) first.")
+        sums = {name.removeprefix("sums/"): tensor for name, tensor in state.items() if name.startswith("sums/")}
+        C = len(state.get("counts", ()))
+        same = "counts" in state and sums.keys() == self._sums.keys()
+        same = same and all(sums[node].shape == (C, total.shape[1]) for node, total in self._sums.items())
+        if not same or (self.num_classes is not None and self.num_classes < C):
+            raise ValueError(
+                "RankAccumulator: the sums are of other taps, filters or classes; rank the same model alike."
+            )
+
+    def _check_labels(self, labels: IntArray) -> IntArray:
+        for node, ranks in self._pending.items():
+            if len(ranks) != len(labels):
+                raise ValueError(
+                    f"RankAccumulator: needs one label per image; got {len(labels)} labels for {len(ranks)} maps of "
+                    f"{self._layers_at[node][0]!r}."
+                )
+        limit = MAX_GROWTH if self.num_classes is None else self.num_classes
+        bad = labels[(labels < 0) | (labels >= limit)]
+        if len(bad):
+            hint = "Pass num_classes." if self.num_classes is None else "Correct the labels or num_classes."
+            raise ValueError(f"RankAccumulator: labels must be in [0, {limit}); got {bad[0]}. {hint}")
+        return labels
+
+    def _grow(self, classes: int) -> None:
+        more = max(0, classes - len(self._counts))
+        self._counts = nn.functional.pad(self._counts, (0, more))
+        self._sums = {node: nn.functional.pad(total, (0, 0, 0, more)) for node, total in self._sums.items()}
+
+    def _guarded(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a ``forward`` that runs ``run`` without gradients, once per update, and forgets what failed."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._pending:
+                raise ValueError("RankAccumulator: the model ran twice; call update(labels) after each forward pass.")
+            try:
+                with torch.no_grad():
+                    return run(*args, **kwargs)
+            except BaseException:
+                self._pending = {}
+                raise
+
+        return forward
+
+    def _interpreted(self, traced: fx.Graph) -> Callable[..., Any]:
+        """Return a ``forward`` that runs the traced graph node by node and reads the taps on the way."""
+        reader = _Reader(self._model, traced, self._layers_at, self._read)
+        placeholders = [node for node in traced.nodes if node.op == "placeholder"]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return reader.run(*args, *_positional(placeholders[len(args) :], kwargs))
+            finally:
+                reader.env = {}  # it would hold the output, and the maps of nodes that nothing consumes
+
+        return forward
+
+    @contextmanager
+    def _hooked(self) -> Iterator[Callable[..., Any]]:
+        """Read the taps named by hand through forward hooks; yield the model's own ``forward``."""
+        modules = dict(self._model.named_modules())
+        with ExitStack() as hooks:
+            for node in self._layers_at:
+
+                def hook(_module: nn.Module, _inputs: Any, maps: Any, node: str = node) -> None:
+                    self._read(node, maps)
+
+                hooks.callback(modules[node].register_forward_hook(hook).remove)
+            yield self._model.forward
+
+    def _read(self, node: str, maps: Any) -> None:
+        """Rank the maps at ``node``, [N, F, H, W], and keep the ranks, [N, F], until the labels come."""
+        names = self._layers_at[node]
+        where = f"the maps of {names[0]!r} (read at {node!r})"
+        if not isinstance(maps, torch.Tensor) or maps.ndim != 4:
+            got = list(maps.shape) if isinstance(maps, torch.Tensor) else type(maps).__name__
+            raise ValueError(f"RankAccumulator: {where} must be [N, F, H, W]; got {got}. Read another module.")
+        for name in names:
+            if maps.shape[1] != self._filters[name]:
+                raise ValueError(
+                    f"RankAccumulator: the maps of {name!r} (read at {node!r}) must be one per filter, "
+                    f"{self._filters[name]}; got {maps.shape[1]}. Read another module."
+                )
+        if node in self._pending:
+            raise ValueError(f"RankAccumulator: {node!r} runs more than once in a forward pass; name another module.")
+        self._check_shape(node, (maps.shape[2], maps.shape[3]))
+        self.variants.add(
+            choose_rank(maps.shape, str(maps.dtype).removeprefix("torch."), maps.device.type, self._machine)
+        )
+        try:
+            self._pending[node] = matrix_rank(maps).cpu()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"RankAccumulator: {where} cannot be ranked. {error}") from None
+
+    def _check_shape(self, node: str, shape: tuple[int, ...]) -> None:
+        H, W = shape
+        known = self._shapes.setdefault(node, (H, W))
+        if known != (H, W):
+            raise ValueError(
+                f"RankAccumulator: the maps at {node!r} were {known[0]}x{known[1]} and are now {H}x{W}. "
+                "Feed images of one size."
+            )
+
+
+class _Reader(fx.Interpreter):
+    """Run a traced graph; hand the value of each node in ``watched`` to ``read`` as soon as it exists."""
+
+    def __init__(
+        self, model: nn.Module, traced: fx.Graph, watched: Container[str], read: Callable[[str, Any], None]
+    ) -> None:
+        super().__init__(model, graph=traced)
+        self.extra_traceback = False  # it rewrites the message of every error
+        self._watched = watched
+        self._read = read
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self._watched:
+            self._read(n.name, value)
+        return value
+
+
+def _positional(placeholders: Iterable[fx.Node], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Return the values of the inputs not given by position, up to the first that is not given at all."""
+    left = dict(kwargs)
+    values: list[Any] = []
+    for node in placeholders:
+        if str(node.target) not in left and not node.args:
+            break
+        values.append(left.pop(str(node.target)) if str(node.target) in left else node.args[0])
+    if left:
+        raise TypeError(f"RankAccumulator: the model's forward has no such input, or not twice: {', '.join(left)}.")
+    return values
+
+
+def _left_out(model: nn.Module, traced: fx.Graph, taps: Container[str]) -> dict[str, str]:
+    """Say for each 2-d convolution without a tap why it has none."""
+    calls = convolution_calls(model, traced)
+    return {name: why_left_out(nodes) for name, nodes in calls.items() if name not in taps}
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags.items():
+            module.training = training
+
+
+@contextmanager
+def _forward_replaced(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give this one instance another ``forward``."""
+    own = model.__dict__.get("forward")
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
+
+
+def rank_filters(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    num_classes: int | None = None,
+    images_per_class: int = 50,
+    layers: Layers = None,
+    taps: str = "activation",
+    device: Device = None,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> ClassRanks:
+    """Rank the feature maps of every filter on a balanced sample of images, in one pass (thesis algorithm 1).
+
+    R[f, c] is the mean numerical rank of filter f's map over the sampled images of class c. The sample is cut into
+    fixed micro-batches of the loader's batch size, recorded in ``info``: the same micro-batches on the same hardware,
+    libraries and number of threads give the same bits, in whatever order and after whatever interruption.
+
+    Parameters
+    ----------
+    model
+        A trained network of images [N, C, H, W]; it is not changed.
+    loader
+        A ``DataLoader`` over a data set with a length: a balanced sample is drawn from it with ``seed``, in its
+        batch size and with its ``collate_fn``. Labels come from ``dataset.targets`` or ``.labels``, a
+        ``TensorDataset``'s second tensor, or else from reading every item once. Or any iterable of (images, labels)
+        batches: the first images of each class are taken, cut anew to the length of the first batch. The data
+        should not be augmented.
+    num_classes
+        Number of classes, C; ``None`` for the largest label plus one.
+    images_per_class
+        Images per class; 50 as in HRank, whose ranks no longer change from there (use 10 for ImageNet).
+    layers, taps
+        Which convolutions are read, and where; see :func:`pyprune.features.find_taps`.
+    device
+        Where to compute; by default where the model's parameters are. The model is moved there and back.
+    seed
+        Of the sample.
+    checkpoint
+        A file that keeps the sums of a run under way, written durably every few seconds. The same call continues
+        from it and ends with the same bits; it is removed when the ranks are complete.
+    progress
+        Whether to show a progress bar.
+
+    Returns
+    -------
+    ClassRanks
+        R [F, C] float64 for each convolution. ``info`` holds seed, images_per_class, micro_batch, images, sample (a
+        SHA-256 of the images' positions and labels), variants, threads, device and torch version.
+
+    Raises
+    ------
+    ValueError
+        If a class has too few images, a label is out of range, maps are not finite, the model cannot be traced, the
+        checkpoint is of another run, or as :class:`RankAccumulator` says.
+    TypeError
+        If the loader does not yield (images, labels).
+    """
+    accumulator = RankAccumulator(model, layers, taps, num_classes=num_classes)
+    sample = draw_sample(loader, images_per_class, num_classes, seed, progress)
+    with running(model, device) as place:
+        settings = {
+            "seed": seed, "images_per_class": images_per_class, "num_classes": num_classes, "taps": taps,
+            "threads": torch.get_num_threads(), "device": place.type, "torch": str(torch.__version__),
+        }  # fmt: skip
+        progressed = None if checkpoint is None else _Checkpoint(checkpoint, model, accumulator, settings)
+        digest = _run(model, accumulator, sample, place, progressed, progress)
+    ranks = accumulator.ranks(
+        {
+            **settings, "num_classes": len(accumulator.state_dict()["counts"]), "micro_batch": sample.micro_batch,
+            "sample": digest, "variants": sorted(accumulator.variants),
+        }
+    )  # fmt: skip
+    if progressed is not None:
+        progressed.path.unlink(missing_ok=True)
+    return ranks
+
+
+def _run(
+    model: nn.Module, accumulator: RankAccumulator, sample: Sample, place: torch.device,
+    checkpoint: _Checkpoint | None, progress: bool,
+) -> str:  # fmt: skip
+    """Rank every micro-batch that the checkpoint does not hold; return the sample's SHA-256."""
+    done, prefix = checkpoint.resume(sample) if checkpoint else (0, "")
+    digest = hashlib.sha256()
+    count = 0
+    with accumulator, bar("Ranking", sample.images, progress) as advance:
+        for part in sample.batches(skip=done):
+            count += 1
+            digest.update(part.ids.astype("<i8").tobytes() + part.labels.astype("<i8").tobytes())
+            if part.images is not None:
+                model(part.images.to(place))
+                accumulator.update(part.labels)
+                if checkpoint:
+                    checkpoint.save_if_due(count, digest.hexdigest(), sample)
+            elif count == done and digest.hexdigest() != prefix:
+                raise _other_images()
+            advance(len(part.ids))
+    if count < done:
+        raise _other_images()
+    return digest.hexdigest()
+
+
+def _other_images() -> ValueError:
+    return ValueError(
+        "rank_filters: the checkpoint is of other images: the loader now yields others, or in another order. "
+        "Use the same loader, or delete the checkpoint to start again."
+    )
+
+
+class _Checkpoint:
+    """The sums of a run under way, in a file that knows which run they belong to."""
+
+    def __init__(
+        self, path: str | os.PathLike[str], model: nn.Module, accumulator: RankAccumulator, settings: Mapping[str, Any]
+    ) -> None:
+        self.path = Path(path)
+        files.make_folder("rank_filters", self.path.parent)
+        read_at = {name: tap.node for name, tap in accumulator.taps.items()}
+        self._accumulator = accumulator
+        self._run = {**settings, "weights": _fingerprint(model), "read at": read_at}
+        self._saved = time.monotonic()
+
+    def resume(self, sample: Sample) -> tuple[int, str]:
+        """Load the sums; return how many micro-batches they hold and the SHA-256 of these."""
+        if not self.path.exists():
+            return 0, ""
+        who = "rank_filters"
+        tensors, metadata = files.read_tensors(who, self.path)
+        version = metadata.get("version", "")
+        version_number = int(version) if version.isdecimal() else version
+        files.check_format(who, self.path, metadata.get("format"), version_number, CHECKPOINT, 1)
+        about = files.parse_json(who, metadata.get("about", "").encode(), f"{self.path} (about)")
+        run = about.get("run")
+        other = [name for name, value in self._run.items() if not isinstance(run, dict) or run.get(name) != value]
+        if sample.micro_batch and about.get("micro_batch") != sample.micro_batch:
+            other.append("micro_batch")
+        if other:
+            raise ValueError(
+                f"{who}: the checkpoint {self.path} is of another run: {', '.join(other)} differ. "
+                "Give what it was started with, or delete it to start again."
+            )
+        self._accumulator.load_state_dict(tensors)
+        return int(about.get("done", 0)), str(about.get("prefix"))
+
+    def save_if_due(self, done: int, prefix: str, sample: Sample) -> None:
+        """Write the sums if the last time is long enough ago."""
+        if time.monotonic() - self._saved < CHECKPOINT_SECONDS:
+            return
+        about = {"run": self._run, "done": done, "prefix": prefix, "micro_batch": sample.micro_batch}
+        metadata = {"format": CHECKPOINT, "version": "1", "about": json.dumps(about)}
+        files.write_tensors(self.path, self._accumulator.state_dict(), metadata)
+        self._saved = time.monotonic()
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Return a SHA-256 over the names, types, shapes and bits of the model's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, torch.Tensor):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
