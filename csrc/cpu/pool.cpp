@@ -21,7 +21,7 @@ struct Job {
   std::ptrdiff_t items;
   std::atomic<std::ptrdiff_t> next{0};
   int helpers = 0;  // workers inside run(); guarded by the pool's mutex
-  std::condition_variable idle;
+  std::condition_variable idle{};
 
   void run() {
     for (std::ptrdiff_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) task(context, i);

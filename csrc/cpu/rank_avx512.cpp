@@ -1,4 +1,5 @@
 #define PYPRUNE_LANES 8
+#define PYPRUNE_BLOCK 4  // of 32 registers
 #include "rank_kernel.h"
 
 namespace pyprune {

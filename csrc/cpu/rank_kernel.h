@@ -1,15 +1,462 @@
+// The rank kernel, compiled once per instruction set: kLanes maps side by side, one in each lane of a vector.
+//
+// Include it from one source file per instruction set, after defining PYPRUNE_LANES. Everything here has internal
+// linkage and nothing inline is shared with other files, so no code for one instruction set can end up in another.
 #include "pyprune/rank.h"
+
 #ifndef PYPRUNE_LANES
 #define PYPRUNE_LANES 2
 #endif
+#ifndef PYPRUNE_BLOCK
+#define PYPRUNE_BLOCK 3  // 3 x 3 accumulators and 6 operands fill the 16 registers before AVX-512
+#endif
+
 namespace pyprune {
 namespace {
+
+using Index = std::ptrdiff_t;
+
 constexpr int kLanes = PYPRUNE_LANES;
-std::size_t workspace_bytes(const MapShape&, bool) {
-  return 64;
+constexpr int kBlock = PYPRUNE_BLOCK;
+constexpr int kPowerSteps = 24;
+
+typedef double Vec __attribute__((vector_size(8 * kLanes)));
+typedef float VecFloat __attribute__((vector_size(4 * kLanes)));
+typedef std::int64_t Mask __attribute__((vector_size(8 * kLanes)));
+
+inline Vec broadcast(double value) {
+  return Vec{} + value;
 }
-void run_block(const void* const*, const MapShape&, bool, double, bool, void*, std::int32_t* ranks) {
-  for (int l = 0; l < kLanes; ++l) ranks[l] = kRankUndecided;
+inline Vec larger(Vec a, Vec b) {
+  return a > b ? a : b;
 }
+inline Vec smaller(Vec a, Vec b) {
+  return a < b ? a : b;
+}
+inline Vec widen(Vec a) {
+  return a;
+}
+inline Vec widen(VecFloat a) {
+  return __builtin_convertvector(a, Vec);
+}
+
+inline Vec root(Vec a) {
+  for (int l = 0; l < kLanes; ++l) a[l] = __builtin_sqrt(a[l]);
+  return a;
+}
+
+inline bool any(Mask mask) {
+  std::int64_t bits = 0;
+  for (int l = 0; l < kLanes; ++l) bits |= mask[l];
+  return bits != 0;
+}
+
+// Phase 1: transpose kLanes maps into a tile [H][W][lane].
+
+template <class T>
+struct Traits;
+template <>
+struct Traits<float> {
+  using Lanes = VecFloat;
+  typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+  typedef std::int32_t Pick __attribute__((vector_size(4 * kLanes)));
+};
+template <>
+struct Traits<double> {
+  using Lanes = Vec;
+  typedef double Unaligned __attribute__((vector_size(8 * kLanes), aligned(8), may_alias));
+  typedef std::int64_t Pick __attribute__((vector_size(8 * kLanes)));
+};
+
+template <class T>
+using Lanes = typename Traits<T>::Lanes;
+
+template <class T>
+inline Lanes<T> load(const T* p) {
+  return *reinterpret_cast<const typename Traits<T>::Unaligned*>(p);
+}
+
+// Lower (half = 0) or upper half of a and b, interleaved.
+template <int half, class T>
+inline Lanes<T> interleave(Lanes<T> a, Lanes<T> b) {
+  constexpr int o = half * kLanes / 2, n = kLanes;
+#if PYPRUNE_LANES == 2
+  constexpr typename Traits<T>::Pick pick = {o, o + n};
+#elif PYPRUNE_LANES == 4
+  constexpr typename Traits<T>::Pick pick = {o, o + n, o + 1, o + 1 + n};
+#elif PYPRUNE_LANES == 8
+  constexpr typename Traits<T>::Pick pick = {o, o + n, o + 1, o + 1 + n, o + 2, o + 2 + n, o + 3, o + 3 + n};
+#endif
+#ifdef __clang__
+  Lanes<T> both;
+  for (int l = 0; l < kLanes; ++l) both[l] = pick[l] < n ? a[pick[l]] : b[pick[l] - n];
+  return both;
+#else
+  return __builtin_shuffle(a, b, pick);
+#endif
+}
+
+// Transposes a square of kLanes elements of kLanes maps: each round is one perfect shuffle.
+template <class T>
+inline void transpose(Lanes<T> (&v)[kLanes]) {
+  for (int round = 1; round < kLanes; round *= 2) {
+    Lanes<T> w[kLanes];
+    for (int i = 0; i < kLanes / 2; ++i) {
+      w[2 * i] = interleave<0, T>(v[i], v[i + kLanes / 2]);
+      w[2 * i + 1] = interleave<1, T>(v[i], v[i + kLanes / 2]);
+    }
+    for (int i = 0; i < kLanes; ++i) v[i] = w[i];
+  }
+}
+
+template <class T>
+void pack_run(const T* const* maps, Index offset, Index count, Lanes<T>* tile) {
+  Index k = 0;
+  for (; k + kLanes <= count; k += kLanes) {
+    Lanes<T> v[kLanes];
+    for (int l = 0; l < kLanes; ++l) v[l] = load(maps[l] + offset + k);
+    transpose<T>(v);
+    for (int l = 0; l < kLanes; ++l) tile[k + l] = v[l];
+  }
+  for (; k < count; ++k) {
+    Lanes<T> v;
+    for (int l = 0; l < kLanes; ++l) v[l] = maps[l][offset + k];
+    tile[k] = v;
+  }
+}
+
+template <class T>
+void pack(const T* const* maps, const MapShape& s, Lanes<T>* tile) {
+  bool adjacent = true;  // channels last: the lanes lie side by side already
+  for (int l = 1; l < kLanes; ++l) adjacent &= maps[l] == maps[0] + l;
+  if (adjacent) {
+    for (Index h = 0; h < s.H; ++h) {
+      for (Index w = 0; w < s.W; ++w) tile[h * s.W + w] = load(maps[0] + h * s.stride_h + w * s.stride_w);
+    }
+  } else if (s.stride_w == 1 && s.stride_h == s.W) {
+    pack_run(maps, 0, s.H * s.W, tile);
+  } else if (s.stride_w == 1) {
+    for (Index h = 0; h < s.H; ++h) pack_run(maps, h * s.stride_h, s.W, tile + h * s.W);
+  } else {
+    for (Index h = 0; h < s.H; ++h) {
+      for (Index w = 0; w < s.W; ++w) {
+        Lanes<T> v;
+        for (int l = 0; l < kLanes; ++l) v[l] = maps[l][h * s.stride_h + w * s.stride_w];
+        tile[h * s.W + w] = v;
+      }
+    }
+  }
+}
+
+// Squares of float32 neither overflow nor vanish in float64. Float64 maps are scaled by a power of two, lane by lane.
+inline void scale(VecFloat*, Index) {}
+
+inline void scale(Vec* tile, Index count) {
+  Vec top = {};
+  for (Index i = 0; i < count; ++i) top = larger(larger(top, tile[i]), -tile[i]);
+  const Mask exponent = reinterpret_cast<Mask>(top) >> 52;
+  const Mask opposite = 2046 - exponent;
+  const Vec factor = reinterpret_cast<Vec>((opposite < 1 ? Mask{} + 1 : opposite) << 52);
+  for (Index i = 0; i < count; ++i) tile[i] *= factor;
+}
+
+// Phase 2: the Gram matrix of the short side, its trace and its squared Frobenius norm.
+
+inline Index triangle(Index i) {
+  return i * (i + 1) / 2;
+}  // start of row i in a packed lower triangle
+
+struct Norms {
+  Vec trace, square, top;  // top: largest diagonal entry
+};
+
+// A tile seen with its short side first.
+template <class E>
+struct Sides {
+  const E* tile;
+  Index m, n, row, step;
+};
+
+template <int R, int C, class E>
+inline void gram_block(const Sides<E>& a, Index i, Index j, Vec* G, Norms& norms) {
+  Vec sum[R][C] = {};
+  const E *x = a.tile + i * a.row, *y = a.tile + j * a.row;
+  for (Index k = 0; k < a.n; ++k, x += a.step, y += a.step) {
+    Vec left[R];
+    for (int r = 0; r < R; ++r) left[r] = widen(x[r * a.row]);
+    for (int c = 0; c < C; ++c) {
+      const Vec right = widen(y[c * a.row]);
+      for (int r = 0; r < R; ++r) sum[r][c] += left[r] * right;
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) {
+      G[triangle(i + r) + j + c] = sum[r][c];
+      norms.square += 2 * sum[r][c] * sum[r][c];
+    }
+  }
+}
+
+template <int C, class E>
+inline void gram_corner(const Sides<E>& a, Index j, Vec* G, Norms& norms) {
+  Vec sum[C][C] = {};
+  const E* x = a.tile + j * a.row;
+  for (Index k = 0; k < a.n; ++k, x += a.step) {
+    Vec left[C];
+    for (int r = 0; r < C; ++r) left[r] = widen(x[r * a.row]);
+    for (int r = 0; r < C; ++r) {
+      for (int c = 0; c <= r; ++c) sum[r][c] += left[r] * left[c];
+    }
+  }
+  for (int r = 0; r < C; ++r) {
+    for (int c = 0; c < r; ++c) norms.square += 2 * sum[r][c] * sum[r][c];
+    norms.square += sum[r][r] * sum[r][r];
+    norms.trace += sum[r][r];
+    norms.top = larger(norms.top, sum[r][r]);
+    for (int c = 0; c <= r; ++c) G[triangle(j + r) + j + c] = sum[r][c];
+  }
+}
+
+template <int C, class E>
+inline void gram_column(const Sides<E>& a, Index j, Vec* G, Norms& norms) {
+  gram_corner<C>(a, j, G, norms);
+  Index i = j + C;
+  for (; i + kBlock <= a.m; i += kBlock) gram_block<kBlock, C>(a, i, j, G, norms);
+  if constexpr (kBlock > 3) {
+    if (a.m - i == 3) gram_block<3, C>(a, i, j, G, norms);
+  }
+  if (a.m - i == 2) gram_block<2, C>(a, i, j, G, norms);
+  if (a.m - i == 1) gram_block<1, C>(a, i, j, G, norms);
+}
+
+template <class E>
+Norms gram(const Sides<E>& a, Vec* G) {
+  Norms norms = {};
+  Index j = 0;
+  for (; j + kBlock <= a.m; j += kBlock) gram_column<kBlock>(a, j, G, norms);
+  if constexpr (kBlock > 3) {
+    if (a.m - j == 3) gram_column<3>(a, j, G, norms);
+  }
+  if (a.m - j == 2) gram_column<2>(a, j, G, norms);
+  if (a.m - j == 1) gram_column<1>(a, j, G, norms);
+  return norms;
+}
+
+// Phase 3: inertia. The positive pivots of G - shift I = L D L^T are its eigenvalues above shift (Sylvester).
+
+struct Count {
+  Vec positive;
+  Vec growth;  // sum of |d_k| l_ik^2 over the negative pivots: with the trace it bounds the backward error
+};
+
+struct Factor {
+  const Vec* G;
+  Vec shift;
+  Index m;
+  Vec *L, *D, *U;  // packed unit lower triangle; pivots; D L^T of the current block column, [k][kBlock]
+};
+
+// One block of rows below the diagonal of block column j: left-looking, so each entry of L is stored once.
+template <int R, int C>
+inline void factor_rows(const Factor& f, Index i, Index j, const Vec (&corner)[C][C], const Vec (&inverse)[C],
+                        Vec (&squares)[C]) {
+  Vec u[R][C];
+  const Vec* rows[R];
+  for (int r = 0; r < R; ++r) {
+    rows[r] = f.L + triangle(i + r);
+    for (int c = 0; c < C; ++c) u[r][c] = f.G[triangle(i + r) + j + c];
+  }
+  for (Index k = 0; k < j; ++k) {
+    for (int r = 0; r < R; ++r) {
+      const Vec l = rows[r][k];
+      for (int c = 0; c < C; ++c) u[r][c] -= l * f.U[k * kBlock + c];
+    }
+  }
+  for (int c = 0; c < C; ++c) {
+    for (int r = 0; r < R; ++r) {
+      const Vec l = u[r][c] * inverse[c];
+      for (int q = c + 1; q < C; ++q) u[r][q] -= u[r][c] * corner[q][c];
+      f.L[triangle(i + r) + j + c] = l;
+      squares[c] += l * l;
+    }
+  }
+}
+
+template <int C>
+inline void factor_column(const Factor& f, Index j, Count& count) {
+  Vec u[C][C], corner[C][C], inverse[C], squares[C], pivot[C];
+  const Vec* rows[C];
+  for (int r = 0; r < C; ++r) {
+    rows[r] = f.L + triangle(j + r);
+    for (int c = 0; c <= r; ++c) u[r][c] = f.G[triangle(j + r) + j + c];
+    u[r][r] -= f.shift;
+  }
+  for (Index k = 0; k < j; ++k) {
+    Vec scaled[C];
+    for (int c = 0; c < C; ++c) f.U[k * kBlock + c] = scaled[c] = rows[c][k] * f.D[k];
+    for (int r = 0; r < C; ++r) {
+      for (int c = 0; c <= r; ++c) u[r][c] -= rows[r][k] * scaled[c];
+    }
+  }
+  for (int c = 0; c < C; ++c) {
+    pivot[c] = f.D[j + c] = u[c][c];
+    inverse[c] = 1 / pivot[c];
+    squares[c] = broadcast(1);
+    for (int r = c + 1; r < C; ++r) {
+      corner[r][c] = u[r][c] * inverse[c];
+      for (int q = c + 1; q <= r; ++q) u[r][q] -= corner[r][c] * u[q][c];
+      f.L[triangle(j + r) + j + c] = corner[r][c];
+      squares[c] += corner[r][c] * corner[r][c];
+    }
+  }
+  Index i = j + C;
+  for (; i + kBlock <= f.m; i += kBlock) factor_rows<kBlock, C>(f, i, j, corner, inverse, squares);
+  if constexpr (kBlock > 3) {
+    if (f.m - i == 3) factor_rows<3, C>(f, i, j, corner, inverse, squares);
+  }
+  if (f.m - i == 2) factor_rows<2, C>(f, i, j, corner, inverse, squares);
+  if (f.m - i == 1) factor_rows<1, C>(f, i, j, corner, inverse, squares);
+  for (int c = 0; c < C; ++c) {
+    const Mask positive = pivot[c] > 0;
+    count.positive += positive ? broadcast(1) : Vec{};
+    count.growth -= squares[c] * (positive ? Vec{} : pivot[c]);
+  }
+}
+
+Count count_above(const Factor& f) {
+  Count count = {};
+  Index j = 0;
+  for (; j + kBlock <= f.m; j += kBlock) factor_column<kBlock>(f, j, count);
+  if constexpr (kBlock > 3) {
+    if (f.m - j == 3) factor_column<3>(f, j, count);
+  }
+  if (f.m - j == 2) factor_column<2>(f, j, count);
+  if (f.m - j == 1) factor_column<1>(f, j, count);
+  return count;
+}
+
+// Phase 4: brackets of lambda = sigma_max^2.
+
+struct Bracket {
+  Vec lo, hi;
+};
+
+inline Bracket first_bracket(const Norms& norms) {
+  const Vec hi = root(norms.square);
+  return {larger(norms.square / norms.trace, norms.top), hi};
+}
+
+void multiply(const Vec* G, Index m, const Vec* x, Vec* y) {
+  for (Index i = 0; i < m; ++i) {
+    const Vec* row = G + triangle(i);
+    Vec sum = row[i] * x[i];
+    for (Index j = 0; j < i; ++j) {
+      sum += row[j] * x[j];
+      y[j] += row[j] * x[i];
+    }
+    y[i] = sum;
+  }
+}
+
+// Power steps. For |x| = 1, rho = x.Gx and r = Gx - rho x: |Gx| <= lambda, and where every other eigenvalue is at most
+// other < rho, lambda <= rho + |r|^2 / (rho - other) (Kato-Temple). The trace and the Frobenius norm bound the others.
+Bracket refine_bracket(const Vec* G, Index m, const Norms& norms, Bracket bracket, double tight, Vec* x, Vec* y) {
+  // The column of the largest diagonal entry is seldom far from the leading eigenvector.
+  for (Index i = 0; i < m; ++i) x[i] = Vec{};
+  for (Index j = 0; j < m; ++j) {
+    const Mask chosen = G[triangle(j) + j] == norms.top;
+    if (!any(chosen)) continue;
+    for (Index i = 0; i < m; ++i) x[i] += chosen ? G[i < j ? triangle(j) + i : triangle(i) + j] : Vec{};
+  }
+  Vec length = {};
+  for (Index i = 0; i < m; ++i) length += x[i] * x[i];
+  length = root(length);
+  for (Index i = 0; i < m; ++i) x[i] /= length;
+
+  for (int step = 0; step < kPowerSteps; ++step) {
+    multiply(G, m, x, y);
+    Vec rho = {}, residual = {};
+    length = Vec{};
+    for (Index i = 0; i < m; ++i) {
+      rho += x[i] * y[i];
+      length += y[i] * y[i];
+    }
+    for (Index i = 0; i < m; ++i) residual += (y[i] - rho * x[i]) * (y[i] - rho * x[i]);
+    length = root(length);
+    const Vec other = smaller(norms.trace - rho, root(larger(norms.square - rho * rho, Vec{})));
+    const Vec upper = rho + residual / (rho - other);
+    bracket.lo = larger(bracket.lo, length);
+    bracket.hi = rho > other ? smaller(bracket.hi, upper) : bracket.hi;
+    if (!any(bracket.hi > bracket.lo * (1 + tight))) break;
+    for (Index i = 0; i < m; ++i) x[i] = y[i] / length;
+  }
+  return bracket;
+}
+
+// The whole kernel.
+
+struct Memory {
+  Vec *G, *L, *D, *U, *x, *y;
+  void* tile;
+
+  Memory(void* memory, Index m) {
+    G = static_cast<Vec*>(memory);
+    L = G + triangle(m);
+    D = L + triangle(m);
+    U = D + m;
+    x = U + m * kBlock;
+    y = x + m;
+    tile = y + m;
+  }
+};
+
+std::size_t workspace_bytes(const MapShape& s, bool is_double) {
+  const Index m = s.short_side();
+  const Index vectors = 2 * triangle(m) + (3 + kBlock) * m;
+  return static_cast<std::size_t>(vectors * 8 + s.H * s.W * (is_double ? 8 : 4)) * kLanes;
+}
+
+template <class T>
+void run(const T* const* maps, const MapShape& s, double rtol, bool refine, void* workspace, std::int32_t* ranks) {
+  const Index m = s.short_side(), n = s.long_side();
+  const Memory memory(workspace, m);
+  Lanes<T>* tile = static_cast<Lanes<T>*>(memory.tile);
+  pack(maps, s, tile);
+  scale(tile, s.H * s.W);
+  const bool wide = s.H <= s.W;
+  const Norms norms = gram(Sides<Lanes<T>>{tile, m, n, wide ? s.W : 1, wide ? 1 : s.W}, memory.G);
+
+  // A threshold off by half the guaranteed band of 1 / (4 n^2) is as good as the exact one.
+  const double tight = 1 / (4 * static_cast<double>(n * n));
+  Bracket bracket = first_bracket(norms);
+  if (refine) bracket = refine_bracket(memory.G, m, norms, bracket, tight, memory.x, memory.y);
+  const Vec rtol2 = broadcast(rtol) * rtol;
+  Factor factor = {memory.G, rtol2 * bracket.hi, m, memory.L, memory.D, memory.U};
+  const Count above = count_above(factor);
+
+  const Vec full = broadcast(static_cast<double>(m));
+  Mask decided = (above.positive == full) | (norms.trace == 0);
+  decided |= (bracket.hi <= bracket.lo * (1 + tight)) & (above.growth <= norms.trace);
+  if (any(~decided)) {
+    factor.shift = rtol2 * bracket.lo;
+    const Count below = count_above(factor);
+    decided |= (above.positive == below.positive) & (above.growth <= norms.trace) & (below.growth <= norms.trace);
+  }
+  const Mask finite = norms.trace < __builtin_inf();
+  for (int l = 0; l < kLanes; ++l) {
+    const std::int32_t rank = norms.trace[l] == 0 ? 0 : static_cast<std::int32_t>(above.positive[l]);
+    ranks[l] = !finite[l] ? kRankNotFinite : decided[l] ? rank : kRankUndecided;
+  }
+}
+
+void run_block(const void* const* maps, const MapShape& s, bool is_double, double rtol, bool refine, void* workspace,
+               std::int32_t* ranks) {
+  if (is_double) {
+    run(reinterpret_cast<const double* const*>(maps), s, rtol, refine, workspace, ranks);
+  } else {
+    run(reinterpret_cast<const float* const*>(maps), s, rtol, refine, workspace, ranks);
+  }
+}
+
 }  // namespace
 }  // namespace pyprune
