@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import keyword
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -148,7 +149,8 @@ def dead_slices(model: nn.Module, plan: Plan, who: str = "dead_slices") -> dict[
     ValueError
         If the plan does not fit the model, or the model cannot be traced.
     """
-    return _masked(model, plan, who)[0]
+    check_plan(who, model, plan)
+    return follow_masks(model, plan, trace(model, who))[0]
 
 
 def unmaskable(model: nn.Module, plan: Plan, who: str = "unmaskable") -> dict[str, dict[int, str]]:
@@ -158,13 +160,17 @@ def unmaskable(model: nn.Module, plan: Plan, who: str = "unmaskable") -> dict[st
     over several channels lets it change the others. Such filters stay. Parameters and errors are those of
     :func:`dead_slices`.
     """
-    return _masked(model, plan, who)[1]
-
-
-def _masked(model: nn.Module, plan: Plan, who: str) -> tuple[dict[str, IntArray], dict[str, dict[int, str]]]:
-    """Walk until no further filter turns out to be unmaskable: each one may revive a norm's slice elsewhere."""
     check_plan(who, model, plan)
-    graph = trace(model, who)
+    return follow_masks(model, plan, trace(model, who))[1]
+
+
+def follow_masks(
+    model: nn.Module, plan: Plan, graph: fx.Graph
+) -> tuple[dict[str, IntArray], dict[str, dict[int, str]]]:
+    """Return what :func:`dead_slices` and :func:`unmaskable` return, for a checked plan and a graph traced before.
+
+    The walk is repeated until no further filter turns out to be unmaskable: each may revive a norm's slice.
+    """
     stays: dict[str, dict[int, str]] = {}
     while True:
         walk = _MaskWalk(model, plan, stays)
@@ -331,3 +337,56 @@ class _MaskWalk:
 def kind_without_statistics(module: nn.Module) -> bool:
     """Say whether ``module`` is an instance norm that maps a zero channel to zero by itself."""
     return type(module) in ops.INSTANCE_NORMS and not module.affine and not module.track_running_stats
+
+
+_PLAIN = (
+    ast.Module, ast.FunctionDef, ast.ClassDef, ast.arguments, ast.arg, ast.Return, ast.Assign, ast.Expr, ast.Call,
+    ast.keyword, ast.Attribute, ast.Name, ast.Load, ast.Store, ast.Constant, ast.Tuple, ast.List, ast.Dict, ast.Slice,
+    ast.Subscript, ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.MatMult,
+    ast.UnaryOp, ast.USub, ast.Compare, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE,
+    ast.With, ast.withitem, ast.Import, ast.ImportFrom, ast.alias,
+)  # fmt: skip
+
+
+def check_source(who: str, source: str, names: Collection[str], imports: Collection[str] = ()) -> None:
+    """Refuse generated source that could do anything but compute with tensors.
+
+    Only the syntax of assignments and calls is accepted, only ``names`` besides what the source itself binds, no
+    attribute or name with two leading underscores, and only the modules in ``imports``.
+
+    Raises
+    ------
+    ValueError
+        If the source holds anything else.
+    """
+    nodes = list(ast.walk(ast.parse(source)))
+    bound = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    bound |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    bound |= {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    for node in nodes:
+        if not isinstance(node, _PLAIN):
+            raise ValueError(f"{who}: generated source may not hold {type(node).__name__} (line {_line(node)}).")
+        name = _named(node)
+        dunder = name.startswith("__") and name != "__init__"
+        if dunder or (isinstance(node, ast.Name) and name not in bound and name not in names):
+            raise ValueError(f"{who}: generated source may not use {name!r} (line {_line(node)}).")
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and not _imported(node) <= set(imports):
+            raise ValueError(f"{who}: generated source may not import {sorted(_imported(node))}.")
+
+
+def _named(node: ast.AST) -> str:
+    """Return the name that ``node`` uses: for getattr(x, "name") the one in the text, which must be plain text."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
+        second = node.args[1] if len(node.args) == 2 else None
+        plain = isinstance(second, ast.Constant) and isinstance(second.value, str)
+        return str(second.value) if isinstance(second, ast.Constant) and plain else "__getattr__"
+    names = (getattr(node, key, None) for key in ("attr", "id", "arg"))
+    return next((name for name in names if isinstance(name, str)), "")
+
+
+def _imported(node: ast.Import | ast.ImportFrom) -> set[str]:
+    return {str(node.module)} if isinstance(node, ast.ImportFrom) else {alias.name for alias in node.names}
+
+
+def _line(node: ast.AST) -> int:
+    return int(getattr(node, "lineno", 0))

@@ -71,6 +71,11 @@ CHANNELWISE_FUNCTIONS: dict[Any, str] = {
 }  # fmt: skip
 
 ADD_FUNCTIONS: dict[Any, str] = {operator.add: "operator.add", operator.iadd: "operator.iadd", torch.add: "torch.add"}
+SCALAR_FUNCTIONS: dict[Any, str] = {
+    operator.mul: "operator.mul", operator.truediv: "operator.truediv", operator.sub: "operator.sub",
+    operator.neg: "operator.neg",
+}  # fmt: skip
+"""Channelwise where everything but the first argument is a number."""
 ADD_METHODS = frozenset({"add", "add_"})
 CAT_FUNCTIONS: dict[Any, str] = {torch.cat: "torch.cat", torch.concat: "torch.concat"}
 FLATTEN_FUNCTIONS: dict[Any, str] = {torch.flatten: "torch.flatten"}
@@ -106,7 +111,7 @@ def _is_batch_size(value: Any) -> bool:
     """Say whether ``value`` is x.size(0), x.size()[0] or x.shape[0], of any x: no known operation changes it."""
     if not isinstance(value, fx.Node):
         return False
-    if value.op == "call_method" and value.target == "size":
+    if value.op == "call_method" and value.target == "size" and not is_shape(value):
         return bool(argument(value, 1, "dim") == 0)
     if value.op == "call_function" and value.target is operator.getitem and value.args[1] == 0:
         return is_shape(value.args[0])
@@ -118,8 +123,8 @@ def is_shape(value: Any) -> bool:
     if not isinstance(value, fx.Node):
         return False
     if value.op == "call_method":
-        return value.target == "size" and len(value.args) == 1 and not value.kwargs
-    return value.op == "call_function" and value.target is getattr and value.args[1:] == ("shape",)
+        return str(value.target) == "size" and len(value.args) == 1 and not value.kwargs
+    return value.target is getattr and str(value.args[1]) == "shape"
 
 
 def spatial_mean(node: fx.Node, ndim: int) -> list[int] | None:

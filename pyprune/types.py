@@ -298,7 +298,10 @@ def _indices(name: str, indices: Any, count: int | None) -> IntArray:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch of training: mean training loss, and loss and top-1 (in [0, 1]) on validation data if given."""
+    """One epoch of training, counted from 1: first learning rate, mean training loss of an image, validation if any.
+
+    ``val_loss`` is the mean cross-entropy and ``val_top1`` lies in [0, 1].
+    """
 
     epoch: int
     lr: float
@@ -310,7 +313,10 @@ class Epoch:
 
 @dataclass(frozen=True)
 class History:
-    """What :func:`pyprune.finetune` did; ``best`` is the epoch whose weights the model holds now."""
+    """What :func:`pyprune.finetune` did; ``best`` is the number of the epoch whose weights the model holds now.
+
+    ``options["chosen_by"]`` says how that epoch was chosen.
+    """
 
     epochs: tuple[Epoch, ...]
     best: int
@@ -410,7 +416,7 @@ class Profile:
     ``parameters`` and ``macs`` (multiply-accumulates) count the network as it really is, or, for a profile with
     a plan, as it is once compacted. ``hrank_v1_*`` count as HRank's published tables do: removed filters at
     full input width, no norms, biases in the parameters, the biases of linear layers in the MACs.
-    ``latency_ms`` is the median wall time of one forward pass of the inputs on ``device``.
+    ``latency_ms`` is the median wall time of one forward pass of ``batch`` images on ``device``.
     """
 
     parameters: int
@@ -420,6 +426,7 @@ class Profile:
     latency_ms: float | None
     device: str
     layers: tuple[LayerCount, ...]
+    batch: int = 1
 
     FORMAT = "pyprune.profile"
     VERSION = 1
@@ -438,6 +445,80 @@ class Profile:
             return cls(layers=layers, **content)
         except (KeyError, TypeError) as error:
             raise ValueError(f"Profile.load: {path} lacks or garbles {error}.") from None
+
+
+@dataclass(frozen=True)
+class LayerAnalysis:
+    """What compaction does to one layer: its outputs, how many the plan removes, how many leave, and what stays.
+
+    ``kept`` maps a filter that the plan removes and that stays all the same to the reason. ``inputs`` and
+    ``inputs_left`` count the input channels before and after, ``parameters`` and ``parameters_left`` the weights
+    and biases.
+    """
+
+    name: str
+    kind: str
+    outputs: int
+    planned: int
+    removed: int
+    inputs: int
+    inputs_left: int
+    parameters: int
+    parameters_left: int
+    kept: Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What compaction would do, layer by layer; ``print`` shows it as a table.
+
+    ``parameters`` and ``parameters_left`` count the whole network, norms included.
+    """
+
+    layers: tuple[LayerAnalysis, ...]
+    parameters: int
+    parameters_left: int
+
+    FORMAT = "pyprune.analysis"
+    VERSION = 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the analysis as plain JSON values."""
+        layers = [{**asdict(layer), "kept": {str(i): why for i, why in layer.kept.items()}} for layer in self.layers]
+        return {
+            "format": self.FORMAT, "version": self.VERSION, "parameters": self.parameters,
+            "parameters_left": self.parameters_left, "layers": layers,
+        }  # fmt: skip
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to ``path`` as JSON."""
+        files.write_json(path, self.to_json())
+
+    def __str__(self) -> str:
+        wide = max([5, *(len(layer.name) for layer in self.layers)])
+        lines = [f"{'layer':{wide}}  filters  planned  removed  inputs         parameters"]
+        for layer in self.layers:
+            counts = f"{layer.outputs:7}  {layer.planned:7}  {layer.removed:7}"
+            inputs = f"{layer.inputs} > {layer.inputs_left}"
+            lines.append(
+                f"{layer.name:{wide}}  {counts}  {inputs:13}  {layer.parameters:,} > {layer.parameters_left:,}"
+            )
+            for why, filters in _grouped(layer.kept).items():
+                lines.append(f"{'':{wide}}  kept {len(filters)} ({_listed(filters)}): {why}")
+        lines.append(f"parameters in all: {self.parameters:,} > {self.parameters_left:,}")
+        return "\n".join(lines)
+
+
+def _grouped(kept: Mapping[int, str]) -> dict[str, list[int]]:
+    groups: dict[str, list[int]] = {}
+    for index, why in kept.items():
+        groups.setdefault(why, []).append(index)
+    return groups
+
+
+def _listed(filters: Sequence[int]) -> str:
+    shown = ", ".join(str(index) for index in filters[:8])
+    return f"{shown}, ..." if len(filters) > 8 else shown
 
 
 @dataclass(frozen=True)

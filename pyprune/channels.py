@@ -1,0 +1,506 @@
+"""Which channels can leave a network, given which filters are zero.
+
+One walk over the traced graph, in order. Every tensor carries, along its channel dimension, the *slots* that
+decide whether each entry exists and the *constant* that the entry takes where it is dead (NaN: alive).
+Convolutions and linear layers make new slots; operations that leave channels apart pass them on and map the
+constant; an addition ties slots together; anything that is not understood pins the slots that it reads. Slots
+that are tied leave together, and only if all of them are dead and none is pinned.
+
+A new operation is a new function under :func:`_handles`; nothing else has to know about it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import fx, nn
+
+from pyprune import graph as graphs
+from pyprune import operations as ops
+from pyprune.types import FloatArray, IntArray
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """What lies along the channel dimension of a tensor: [C] slots, and [C] constants (NaN where alive)."""
+
+    slots: IntArray
+    constants: FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """The shape of a tensor, as read by the network; its entry 1 counts channels."""
+
+    value: Value
+    ndim: int
+
+
+@dataclass(frozen=True, eq=False)
+class Channels:
+    """What the walk found.
+
+    ``filters`` counts the outputs of each layer that the network calls, and ``first`` is the first slot of each;
+    ``inputs`` is what each layer, norm or other sized module reads; ``leaves`` [slots] says which go; ``tied``
+    [slots] numbers the classes of slots that leave together; ``flattens`` names the nodes whose literal size must
+    become a flatten.
+    """
+
+    filters: Mapping[str, int]
+    first: Mapping[str, int]
+    inputs: Mapping[str, Value]
+    leaves: BoolArray
+    tied: IntArray
+    flattens: frozenset[str]
+    _why: Callable[[int], str]
+
+    def leaving(self, layer: str) -> BoolArray:
+        """Return [F] which filters of ``layer`` leave."""
+        return self.leaves[self.first[layer] : self.first[layer] + self.filters[layer]]
+
+    def leaving_inputs(self, module: str) -> BoolArray:
+        """Return [C] which entries of the channel dimension that ``module`` reads leave."""
+        return self.leaves[self.inputs[module].slots]
+
+    def why(self, layer: str, index: int) -> str:
+        """Say why a dead filter stays all the same."""
+        return self._why(self.first[layer] + index)
+
+    def partners(self, layer: str, index: int) -> list[tuple[str, int]]:
+        """Return every (layer, filter) that leaves together with this one, itself included."""
+        members = np.flatnonzero(self.tied == self.tied[self.first[layer] + index])
+        return [
+            (name, int(slot) - first)
+            for slot in members
+            for name, first in self.first.items()
+            if first <= slot < first + self.filters[name]
+        ]
+
+
+def follow(model: nn.Module, graph: fx.Graph, shapes: Mapping[fx.Node, Any], dead: Mapping[str, IntArray]) -> Channels:
+    """Walk ``graph`` and decide which channels leave.
+
+    Parameters
+    ----------
+    model, graph
+        The network and its trace. Neither is changed.
+    shapes
+        For each node that yields a tensor, its shape.
+    dead
+        What the mask zeroes, from :func:`pyprune.graph.dead_slices`.
+    """
+    walk = _Walk(model, graph, shapes, dead)
+    for node in graph.nodes:
+        walk.values[node] = walk.step(node)
+    return walk.result()
+
+
+@dataclass(eq=False)
+class _Walk:
+    model: nn.Module
+    graph: fx.Graph
+    shapes: Mapping[fx.Node, Any]
+    dead: Mapping[str, IntArray]
+    values: dict[fx.Node, Value | Reading | None] = field(default_factory=dict)
+    inputs: dict[str, Value] = field(default_factory=dict)
+    joins: list[tuple[str, IntArray, IntArray]] = field(default_factory=list)
+    flattens: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.modules: dict[str, Any] = dict(self.model.named_modules())
+        self.fixed = _fixed_modules(self.model, self.graph, self.modules)
+        self.counts: dict[str, int] = {}
+        for node in self.graph.nodes:
+            module = self.modules[str(node.target)] if node.op == "call_module" else None
+            if module is not None and type(module) in _PRODUCERS:
+                self.counts[str(node.target)] = len(module.weight)
+        starts = np.cumsum([0, *self.counts.values()])
+        self.first = {name: int(start) for name, start in zip(self.counts, starts, strict=False)}
+        self.alive = np.ones(starts[-1], np.bool_)
+        self.pinned = np.zeros(starts[-1], np.int64)
+        self.reasons: list[str] = [""]
+
+    def step(self, node: fx.Node) -> Value | Reading | None:
+        """Return what ``node`` yields, after pinning or tying what it reads."""
+        if node.op in ("placeholder", "get_attr"):
+            return None
+        if node.op == "output":
+            return self.pin_reads(node, "is an output of the model")
+        key: Any = node.target
+        if node.op == "call_module":
+            module = self.modules[str(node.target)]
+            key = type(module)
+            if change := graphs.is_changed(module):
+                return self.pin_reads(node, f"feeds {node.target}, which {change}")
+        handler = _HANDLERS.get((node.op, key))
+        if handler is None:
+            return self.pin_reads(node, f"feeds {_title(node, key)}, which pyprune does not know")
+        return handler(self, node)
+
+    def source(self, node: fx.Node) -> Value | None:
+        """Return the channels of the tensor that ``node`` works on, its first argument."""
+        value = self.values.get(_input(node)) if isinstance(_input(node), fx.Node) else None
+        return value if isinstance(value, Value) else None
+
+    def produce(self, node: fx.Node, name: str) -> Value:
+        """Return the new channels of layer ``name``: constant 0 where the mask zeroes the filter."""
+        slots = np.arange(self.counts[name]) + self.first[name]
+        constants = np.full(len(slots), np.nan)
+        constants[self.dead.get(f"{name}.weight", [])] = 0.0
+        self.alive[slots] = np.isnan(constants)
+        value = Value(slots, constants)
+        if name in self.fixed:
+            self.pin(value, self.fixed[name])
+        return value
+
+    def consume(self, node: fx.Node, name: str, takes_constants: bool) -> None:
+        """Note that layer ``name`` mixes what ``node`` reads, and pin what it could not do without."""
+        value = self.source(node)
+        if value is None:
+            return
+        if name in self.fixed:
+            self.pin(value, f"feeds {name}, which {self.fixed[name]}")
+            return
+        if not takes_constants:
+            self.pin_constants(value, f"into {name}, which pads with zeros")
+        self.inputs[name] = value
+
+    def pin(self, value: Value, reason: str, where: BoolArray | None = None) -> None:
+        """Keep the slots of ``value`` (those at ``where``); the first reason stands."""
+        slots = value.slots if where is None else value.slots[where]
+        self.reasons.append(reason)
+        self.pinned[slots] = np.where(self.pinned[slots] == 0, len(self.reasons) - 1, self.pinned[slots])
+
+    def pin_constants(self, value: Value, where_to: str) -> None:
+        """Keep the slots that carry a constant other than 0."""
+        for constant in np.unique(value.constants[~np.isnan(value.constants) & (value.constants != 0)]):
+            self.pin(value, f"carries the constant {constant:.6g} {where_to}", value.constants == constant)
+
+    def pin_reads(self, node: fx.Node, reason: str) -> Value | None:
+        """Keep everything that ``node`` reads, and follow its result no further."""
+        for source in node.all_input_nodes:
+            value = self.values.get(source)
+            if isinstance(value, Reading):
+                value = value.value
+            if value is not None:
+                self.pin(value, reason)
+        return None
+
+    def result(self) -> Channels:
+        """Tie what leaves together and decide."""
+        count = len(self.alive)
+        ones = np.concatenate([np.zeros(0, np.int64), *(a for _, a, _ in self.joins)])
+        others = np.concatenate([np.zeros(0, np.int64), *(b for _, _, b in self.joins)])
+        edges = coo_array((np.ones(len(ones), np.bool_), (ones, others)), shape=(count, count))
+        tied = connected_components(edges, directed=False)[1].astype(np.int64) if count else np.zeros(0, np.int64)
+        held = np.zeros(count, np.bool_)
+        held[tied[self.alive | (self.pinned > 0)]] = True
+        return Channels(
+            self.counts, self.first, self.inputs, ~held[tied], tied, frozenset(self.flattens), self._explain(tied)
+        )
+
+    def _explain(self, tied: IntArray) -> Callable[[int], str]:
+        def why(slot: int) -> str:
+            if self.pinned[slot]:
+                return self.reasons[int(self.pinned[slot])]
+            members = np.flatnonzero(tied == tied[slot])
+            others = [int(member) for member in members if self.alive[member] or self.pinned[member]]
+            if not others:
+                return ""
+            join = next((node for node, a, b in self.joins if slot in a or slot in b), "a join")
+            other = others[0]
+            name = next(n for n, first in self.first.items() if first <= other < first + self.counts[n])
+            state = "keeps its channel" if self.alive[other] else self.reasons[int(self.pinned[other])]
+            return f"reaches {join}, where {name} {state}"
+
+        return why
+
+
+def _fixed_modules(model: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return the modules whose parameters must keep their shape, and why."""
+    fixed: dict[str, str] = {}
+    tied = graphs.tied_parameters(model)
+    for name, count in graphs.call_counts(graph).items():
+        if change := graphs.is_changed(modules[name]):
+            fixed[name] = change
+        if count > 1:
+            fixed[name] = "is called more than once"
+    for name, other in tied.items():
+        fixed.setdefault(name.rpartition(".")[0], f"shares its parameters with {other.rpartition('.')[0]}")
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            owner = str(node.target).rpartition(".")[0]
+            fixed.setdefault(owner, f"has its {str(node.target).rpartition('.')[2]} read directly by the model")
+    return fixed
+
+
+def _title(node: fx.Node, key: Any) -> str:
+    """Name an operation for a reader: the layer and its type, or the function."""
+    if node.op == "call_module":
+        return f"{node.target} ({key.__name__})"
+    if node.op == "call_method":
+        return f".{node.target}()"
+    home = str(getattr(key, "__module__", None) or "torch")
+    return f"{home.removeprefix('_')}.{getattr(key, '__name__', key)}"
+
+
+def _input(node: fx.Node) -> Any:
+    return node.args[0] if node.args else node.kwargs.get("input")
+
+
+_Handler = Callable[[_Walk, fx.Node], Value | Reading | None]
+_HANDLERS: dict[tuple[str, Any], _Handler] = {}
+_PRODUCERS = ops.CONVOLUTIONS | {nn.Linear}
+
+
+def _handles(op: str, *keys: Any) -> Callable[[_Handler], _Handler]:
+    def register(handler: _Handler) -> _Handler:
+        _HANDLERS.update({(op, key): handler for key in keys})
+        return handler
+
+    return register
+
+
+@_handles("call_module", *ops.CONVOLUTIONS)
+def _convolution(walk: _Walk, node: fx.Node) -> Value | None:
+    name = str(node.target)
+    module = walk.modules[name]
+    output = walk.produce(node, name)
+    if module.groups != 1:
+        walk.pin_reads(node, f"feeds {name}, a grouped convolution")
+        walk.pin(output, "is a filter of a grouped convolution")
+    elif len(walk.shapes[node]) != len(module.kernel_size) + 2:
+        walk.pin_reads(node, f"feeds {name} without a batch dimension")
+        walk.pin(output, "has no batch dimension")
+        return None
+    else:
+        walk.consume(node, name, takes_constants=_pads_nothing(module))
+    return output
+
+
+def _pads_nothing(module: Any) -> bool:
+    """Say whether a constant channel gives a constant result: at the border as in the middle."""
+    if module.padding_mode != "zeros" or module.padding == "valid":
+        return True
+    if module.padding == "same":
+        return all(size == 1 for size in module.kernel_size)
+    return not any(module.padding)
+
+
+@_handles("call_module", nn.Linear)
+def _linear(walk: _Walk, node: fx.Node) -> Value | None:
+    name = str(node.target)
+    output = walk.produce(node, name)
+    if len(walk.shapes[node]) != 2:
+        walk.pin_reads(node, f"feeds {name} with more than two dimensions")
+        walk.pin(output, "has more than two dimensions")
+        return None
+    walk.consume(node, name, takes_constants=True)
+    return output
+
+
+@_handles("call_module", *ops.NORMS)
+def _norm(walk: _Walk, node: fx.Node) -> Value | None:
+    name, value = str(node.target), walk.source(node)
+    if value is None:
+        return None
+    module = walk.modules[name]
+    if name in walk.fixed or len(value.slots) != module.num_features:
+        walk.pin(value, f"feeds {name}, which {walk.fixed.get(name, 'normalises another dimension')}")
+    else:
+        walk.inputs[name] = value
+    constants = np.full(len(value.slots), np.nan)
+    if graphs.kind_without_statistics(module):
+        constants[value.constants == 0] = 0.0
+    else:
+        constants[walk.dead.get(f"{name}.weight", [])] = 0.0
+    lost = ~np.isnan(value.constants) & np.isnan(constants)
+    walk.pin(value, f"reaches {name}, a norm that is not masked there", lost)
+    return Value(value.slots, constants)
+
+
+@_handles("call_module", *ops.ACTIVATIONS)
+def _activation(walk: _Walk, node: fx.Node) -> Value | None:
+    name, value = str(node.target), walk.source(node)
+    if value is None:
+        return None
+    module = walk.modules[name]
+    if isinstance(module, nn.PReLU) and module.num_parameters > 1:
+        if name in walk.fixed:
+            walk.pin(value, f"feeds {name}, which {walk.fixed[name]}")
+        else:
+            walk.inputs[name] = value
+    weights = [weight.detach().to("cpu", torch.float64) for weight in module.parameters()]
+    if weights:  # PReLU, the only activation with parameters
+        return _mapped(walk, node, value, lambda x: nn.functional.prelu(x, *weights))
+    return _mapped(walk, node, value, module)
+
+
+@_handles("call_function", *ops.ACTIVATION_FUNCTIONS, *ops.SCALAR_FUNCTIONS)
+@_handles("call_method", *ops.ACTIVATION_METHODS)
+def _activation_function(walk: _Walk, node: fx.Node) -> Value | None:
+    value = walk.source(node)
+    if value is None or len(node.all_input_nodes) != 1:
+        return walk.pin_reads(node, f"feeds {_title(node, node.target)} with a second tensor")
+
+    def apply(x: torch.Tensor) -> Any:
+        args = fx.map_arg(node.args, lambda _: x)
+        kwargs = fx.map_arg(node.kwargs, lambda _: x)
+        if isinstance(node.target, str):
+            return getattr(x, node.target)(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)
+
+    return _mapped(walk, node, value, apply)
+
+
+def _mapped(walk: _Walk, node: fx.Node, value: Value, function: Callable[[torch.Tensor], Any]) -> Value:
+    """Return ``value`` with its constants mapped by an elementwise ``function``."""
+    with torch.no_grad():
+        found = np.asarray(function(torch.from_numpy(value.constants.copy())[None]))[0].astype(np.float64)
+    known = ~np.isnan(value.constants)
+    constants = np.where(known, found, np.nan)
+    walk.pin(value, f"becomes infinite or undefined at {node.name}", known & ~np.isfinite(constants))
+    return _written(walk, node, value, constants)
+
+
+def _written(walk: _Walk, node: fx.Node, value: Value, constants: FloatArray) -> Value:
+    """Return ``value`` with new ``constants``, keeping what changes under other readers of an overwritten tensor."""
+    if len(_input(node).users) > 1 and _in_place(walk, node):
+        changed = ~np.isnan(value.constants) & (constants != value.constants)
+        walk.pin(value, f"is overwritten at {node.name} while others read it", changed)
+    return Value(value.slots, constants)
+
+
+def _in_place(walk: _Walk, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(walk.modules[str(node.target)], "inplace", False))
+    title = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return bool(node.kwargs.get("inplace")) or title.endswith("_") or title == "iadd"
+
+
+@_handles("call_module", *ops.DROPOUTS, *ops.ADAPTIVE_AVG_POOLS, *ops.UPSAMPLES)
+@_handles("call_function", *ops.DROPOUT_FUNCTIONS, *ops.ADAPTIVE_AVG_POOL_FUNCTIONS, *ops.INTERPOLATE_FUNCTIONS)
+@_handles("call_method", *ops.SAME_METHODS)
+def _same(walk: _Walk, node: fx.Node) -> Value | None:
+    return walk.source(node)
+
+
+@_handles("call_module", *ops.MAX_POOLS)
+@_handles("call_function", *ops.MAX_POOL_FUNCTIONS)
+def _max_pool(walk: _Walk, node: fx.Node) -> Value | None:
+    if _option(walk, node, "return_indices", 6, False):
+        return walk.pin_reads(node, f"feeds {node.name}, which returns indices too")
+    return walk.source(node)  # padding is -inf, so a constant stays what it is
+
+
+@_handles("call_module", *ops.AVG_POOLS)
+@_handles("call_function", *ops.AVG_POOL_FUNCTIONS)
+def _avg_pool(walk: _Walk, node: fx.Node) -> Value | None:
+    value = walk.source(node)
+    padding = _option(walk, node, "padding", 3, 0)
+    padded = any(padding) if isinstance(padding, (list, tuple)) else padding != 0
+    uneven = _option(walk, node, "ceil_mode", 4, False) or _option(walk, node, "divisor_override", 6, None)
+    if value is not None and (padded or uneven):
+        walk.pin_constants(value, f"into {node.name}, which averages it with padding")
+    return value
+
+
+def _option(walk: _Walk, node: fx.Node, name: str, position: int, default: Any) -> Any:
+    """Return a setting of a pool, be it a module or a function."""
+    if node.op == "call_module":
+        return getattr(walk.modules[str(node.target)], name, default)
+    return ops.argument(node, position, name, default)
+
+
+@_handles("call_module", nn.Flatten)
+@_handles("call_function", *ops.FLATTEN_FUNCTIONS)
+@_handles("call_method", "flatten", *ops.RESHAPE_METHODS)
+def _flatten(walk: _Walk, node: fx.Node) -> Value | None:
+    value = walk.source(node)
+    if value is None:
+        return walk.pin_reads(node, f"gives a size to {_title(node, node.target)}")
+    before, after = walk.shapes[_input(node)], walk.shapes[node]
+    literal = node.op == "call_method" and node.target in ops.RESHAPE_METHODS and len(node.all_input_nodes) == 1
+    whole = len(after) == 2 and after[0] == before[0] and len(before) >= 2
+    if literal and whole and _rows_are_free(node, after):
+        walk.flattens.add(node.name)
+    elif not ops.is_flatten(node, walk.modules):
+        key = type(walk.modules[str(node.target)]) if node.op == "call_module" else node.target
+        return walk.pin_reads(node, f"is reshaped by {_title(node, key)}")
+    run = int(np.prod(before[2:], dtype=np.int64))
+    return Value(np.repeat(value.slots, run), np.repeat(value.constants, run))
+
+
+def _rows_are_free(node: fx.Node, after: Any) -> bool:
+    """Say whether a reshape is x.view(-1, columns): one row an image, whatever the batch."""
+    shape = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
+    return list(shape) == [-1, after[1]]
+
+
+@_handles("call_function", *ops.MEAN_FUNCTIONS)
+@_handles("call_method", "mean")
+def _mean(walk: _Walk, node: fx.Node) -> Value | None:
+    value = walk.source(node)
+    if value is None or ops.spatial_mean(node, len(walk.shapes[_input(node)])) is None:
+        return walk.pin_reads(node, f"is averaged with other channels by {node.name}")
+    return value
+
+
+@_handles("call_function", getattr)
+def _attribute(walk: _Walk, node: fx.Node) -> Value | Reading | None:
+    value = walk.source(node)
+    if node.args[1] not in ("shape", "ndim", "dtype", "device"):
+        return walk.pin_reads(node, f"feeds .{node.args[1]}, which pyprune does not know")
+    return Reading(value, len(walk.shapes[_input(node)])) if value is not None and node.args[1] == "shape" else None
+
+
+@_handles("call_method", "size", "dim")
+def _size(walk: _Walk, node: fx.Node) -> Value | Reading | None:
+    value = walk.source(node)
+    if value is None or node.target == "dim":
+        return None
+    ndim = len(walk.shapes[_input(node)])
+    dim = ops.argument(node, 1, "dim")
+    if dim is None:
+        return Reading(value, ndim)
+    return walk.pin_reads(node, f"has its number of channels read by {node.name}") if dim % ndim == 1 else None
+
+
+@_handles("call_function", operator.getitem)
+def _item(walk: _Walk, node: fx.Node) -> Value | None:
+    reading, index = walk.values.get(_input(node)), node.args[1]
+    if not isinstance(reading, Reading):
+        return walk.pin_reads(node, "feeds an indexing, which pyprune does not know")
+    if not isinstance(index, (int, slice)) or 1 in np.atleast_1d(np.arange(reading.ndim)[index]):
+        return walk.pin_reads(node, f"has its number of channels read by {node.name}")
+    return None
+
+
+@_handles("call_function", *ops.ADD_FUNCTIONS)
+@_handles("call_method", *ops.ADD_METHODS)
+def _add(walk: _Walk, node: fx.Node) -> Value | Reading | None:
+    """Tie two tensors channel by channel; adding a number maps the constants."""
+    if len(node.all_input_nodes) == 1 and walk.source(node) is not None and _has_number(node):
+        return _activation_function(walk, node)
+    sources = node.all_input_nodes
+    found = [walk.values.get(source) for source in sources]
+    values = [value for value in found if isinstance(value, Value)]
+    shapes = {tuple(walk.shapes.get(source, ())) for source in sources}
+    if len(values) != 2 or len(shapes) != 1 or len(node.args) != 2 or node.kwargs:
+        return walk.pin_reads(node, f"reaches {node.name}, an addition whose other side pyprune does not follow")
+    walk.joins.append((node.name, values[0].slots, values[1].slots))
+    return _written(walk, node, values[0], values[0].constants + values[1].constants)
+
+
+def _has_number(node: fx.Node) -> bool:
+    return len(node.args) == 2 and isinstance(node.args[1], (int, float)) and not node.kwargs

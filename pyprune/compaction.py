@@ -1,0 +1,526 @@
+"""Compaction: a masked network becomes a smaller one that computes the same, and is shown to.
+
+:mod:`pyprune.channels` decides which channels leave; here the layers are cut, constants are folded into biases,
+and the result is compared with the masked network.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from pyprune import channels as channel_walk
+from pyprune import graph as graphs
+from pyprune import measure
+from pyprune import operations as ops
+from pyprune.channels import BoolArray, Channels
+from pyprune.types import Analysis, Certificate, Compacted, IntArray, LayerAnalysis, Plan, Profile
+
+TOLERANCE = 1e-10
+"""Largest |slim - masked| / max(1, max |masked|) in float64: the order of summation is all that may differ."""
+
+NATIVE_TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""The same in the model's own type."""
+
+_MOST_IMAGES = 8  # of the example inputs in float64, where a large batch would cost minutes and prove no more
+_SIZED = ops.CONVOLUTIONS | ops.NORMS | {nn.Linear, nn.PReLU}
+
+
+def analyse(model: nn.Module, plan: Plan, example_inputs: torch.Tensor | Sequence[torch.Tensor]) -> Analysis:
+    """Say what :func:`compact` would remove, what would stay against the plan, and why.
+
+    Parameters
+    ----------
+    model
+        Not changed; it must be traceable by torch.fx.
+    plan
+        Layers that are not in it keep every filter.
+    example_inputs
+        What ``model(*example_inputs)`` takes: one tensor, or a tuple of them; the first dimension counts images.
+
+    Returns
+    -------
+    Analysis
+        One row per convolution and linear layer that the network calls, in order.
+
+    Raises
+    ------
+    ValueError
+        If the plan does not fit the model, the model cannot be traced, or it does not accept the inputs.
+    """
+    with _undisturbed(model):
+        return _analysis(model, _decide("analyse", model, plan, _inputs("analyse", example_inputs), 1))
+
+
+def compact(
+    model: nn.Module,
+    plan: Plan,
+    example_inputs: torch.Tensor | Sequence[torch.Tensor],
+    *,
+    residual: Literal["intersect"] = "intersect",
+    round_to: int = 1,
+    verify: bool = True,
+    latency: bool = True,
+) -> Compacted:
+    """Remove the channels that ``plan`` leaves unused and return a network that computes what the masked one does.
+
+    In eval mode the slim network equals the masked one, or the channel is kept and ``Compacted.kept`` says why.
+    Operations that pyprune does not know keep the channels that they read; nothing is guessed. Constants that dead
+    channels carry (a sigmoid makes 0.5 of 0) are folded into the bias of the layer that reads them.
+
+    Parameters
+    ----------
+    model
+        Masked or not; it is never changed. It must be traceable by torch.fx.
+    plan
+        Layers that are not in it keep every filter.
+    example_inputs
+        What ``model(*example_inputs)`` takes: one tensor, or a tuple of them; the first dimension counts images.
+    residual
+        What happens where branches are added: ``"intersect"`` removes a channel that every branch removes.
+    round_to
+        Bring filters back, lowest index first and with the model's own weights, until each layer's number of
+        filters is a multiple of this.
+    verify
+        Compare with the masked network in float64, with randomised norms, and in the model's own type.
+    latency
+        Measure both networks' time per forward pass, about 0.4 s.
+
+    Returns
+    -------
+    Compacted
+        Its ``model`` is a ``torch.fx.GraphModule`` with the names, dtype, device, memory format, ``requires_grad``
+        and training flags of ``model``, and shares no memory with it.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range, the plan does not fit the model, the model cannot be traced, or it does not
+        accept the inputs.
+    RuntimeError
+        If the verification fails: then nothing is returned.
+    """
+    if residual != "intersect":
+        raise ValueError(f'compact: residual must be "intersect"; got {residual!r}.')
+    if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
+        raise ValueError(f"compact: round_to must be a positive whole number; got {round_to!r}.")
+    inputs = _inputs("compact", example_inputs)
+    with _undisturbed(model):
+        decision = _decide("compact", model, plan, inputs, round_to)
+        masked = _masked(model, decision.dead)
+        slim = _rebuild(masked, decision)
+        certificate = _verify(masked, slim, decision, inputs) if verify else _unverified(model)
+        before, after = _profiles(model, slim, decision, inputs, latency)
+    return Compacted(slim, certificate, plan, decision.kept, before, after, tuple(one.detach() for one in inputs))
+
+
+@dataclass(frozen=True, eq=False)
+class _Decision:
+    """What leaves: everything that both builds, the delivered one and the one in float64, are made from."""
+
+    graph: fx.Graph
+    channels: Channels
+    dead: Mapping[str, IntArray]
+    plan: Plan
+    kept: Mapping[str, Mapping[int, str]]
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Hold the random state still, and keep reduced precision out of the comparison."""
+    device = measure.model_device(model)
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda":
+            stack.enter_context(torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False))
+        yield
+
+
+def _inputs(who: str, example_inputs: Any) -> tuple[torch.Tensor, ...]:
+    if not isinstance(example_inputs, (torch.Tensor, list, tuple)):
+        raise TypeError(f"{who}: example_inputs must be a tensor or a tuple of tensors; got {type(example_inputs)}.")
+    return measure.as_inputs(who, example_inputs)
+
+
+def _decide(who: str, model: nn.Module, plan: Plan, inputs: tuple[torch.Tensor, ...], round_to: int) -> _Decision:
+    """Trace, follow the channels, and bring filters back until every number of filters is a multiple."""
+    graphs.check_plan(who, model, plan)
+    graph = graphs.trace(model, who)
+    shapes = _shapes(who, model, graph, inputs)
+    wanted = plan
+    while True:
+        dead, stays = graphs.follow_masks(model, wanted, graph)
+        channels = channel_walk.follow(model, graph, shapes, dead)
+        back = _to_bring_back(channels, round_to)
+        if not back:
+            break
+        keep = {**wanted.keep, **{name: np.union1d(wanted.keep[name], sorted(more)) for name, more in back.items()}}
+        wanted = Plan(keep)
+    kept = _kept(model, plan, wanted, channels, stays, f"makes the number of filters a multiple of {round_to}")
+    return _Decision(graph, channels, dead, wanted, kept)
+
+
+def _shapes(who: str, model: nn.Module, graph: fx.Graph, inputs: tuple[torch.Tensor, ...]) -> dict[fx.Node, torch.Size]:
+    """Run the graph once in eval mode and return the shape of every tensor."""
+    shapes: dict[fx.Node, torch.Size] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if isinstance(result, torch.Tensor):
+                shapes[n] = result.shape
+            return result
+
+    try:
+        with measure.running(model):
+            Recorder(model, graph=graph).run(*inputs)
+    except Exception as error:
+        came = ", ".join(f"{list(one.shape)} {one.dtype}".replace("torch.", "") for one in inputs)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{who}: {type(model).__name__} does not accept example_inputs of {came} ({reason}). "
+            "Pass one batch, as the model's forward takes it."
+        ) from None
+    return shapes
+
+
+def _to_bring_back(channels: Channels, round_to: int) -> dict[str, set[int]]:
+    """Return the filters that must stay for every layer's number of filters to be a multiple of ``round_to``."""
+    back: dict[str, set[int]] = {}
+    for name, count in channels.filters.items():
+        leaving = np.flatnonzero(channels.leaving(name))
+        missing = -(count - len(leaving)) % round_to
+        for index in leaving[:missing]:
+            for partner, other in channels.partners(name, int(index)):
+                back.setdefault(partner, set()).add(other)
+    return back
+
+
+def _kept(
+    model: nn.Module, plan: Plan, wanted: Plan, channels: Channels, stays: Mapping[str, Mapping[int, str]], rounded: str
+) -> dict[str, dict[int, str]]:
+    """Return why each filter stays that the plan removes."""
+    kept: dict[str, dict[int, str]] = {}
+    layers = graphs.convolutions(model)
+    for name, keep in plan.keep.items():
+        removed = np.setdiff1d(np.arange(layers[name].out_channels), keep)
+        leaves = channels.leaving(name) if name in channels.filters else np.zeros(layers[name].out_channels, np.bool_)
+        for index in (int(i) for i in removed if not leaves[i]):
+            if index in wanted.keep[name]:
+                why = rounded
+            elif index in stays.get(name, {}):
+                why = stays[name][index]
+            elif name not in channels.filters:
+                why = "is in a layer that the traced network does not call, or whose type pyprune does not know"
+            else:
+                why = channels.why(name, index)
+            kept.setdefault(name, {})[index] = why
+    return kept
+
+
+def _masked(model: nn.Module, dead: Mapping[str, IntArray]) -> nn.Module:
+    """Return a copy of ``model`` with the dead slices zeroed."""
+    masked = copy.deepcopy(model)
+    _zero(masked, dead)
+    return masked
+
+
+def _zero(model: nn.Module, dead: Mapping[str, IntArray]) -> None:
+    for name, indices in dead.items():
+        parameter = model.get_parameter(name).data
+        parameter.index_fill_(0, torch.from_numpy(indices).to(parameter.device), 0)
+
+
+def _rebuild(masked: nn.Module, decision: _Decision) -> fx.GraphModule:
+    """Return the slim network: a copy of the graph over cut layers, in which no tensor is the masked model's."""
+    graph = _copied(decision)
+    parts: dict[str, Any] = {}
+    memo: dict[int, Any] = {}
+    for node in graph.nodes:
+        target = str(node.target)
+        if node.op == "call_module" and target not in parts:
+            parts[target] = _cut(target, masked.get_submodule(target), decision.channels, memo)
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            parts[str(node.target)] = _attribute(masked, parts, str(node.target), memo)
+    title = type(masked).__name__
+    return _module(graph, parts, title if title.startswith("Slim") else f"Slim{title}", masked)
+
+
+def _copied(decision: _Decision) -> fx.Graph:
+    """Return a copy of the traced graph without types and metadata, literal sizes replaced by a flatten."""
+    graph = fx.Graph()
+    output = graph.graph_copy(decision.graph, {})
+    graph.output(output)
+    for node in list(graph.nodes):
+        node.type, node.meta = None, {}
+        if node.name in decision.channels.flattens:
+            node.op, node.target, node.args, node.kwargs = "call_function", torch.flatten, (node.args[0], 1), {}
+    return graph
+
+
+def _attribute(masked: nn.Module, parts: Mapping[str, Any], target: str, memo: dict[int, Any]) -> Any:
+    """Return the copy of a tensor that the model reads directly; a layer that also runs owns the same one."""
+    owner, _, leaf = target.rpartition(".")
+    if owner in parts:
+        return getattr(parts[owner], leaf)
+    return copy.deepcopy(getattr(masked.get_submodule(owner), leaf), memo)
+
+
+def _module(graph: fx.Graph, parts: dict[str, Any], title: str, like: nn.Module) -> fx.GraphModule:
+    """Return ``graph`` as a module, its generated code checked before it is compiled."""
+    code = graph.python_code("self")
+    graphs.check_source("compact", code.src, {*code.globals, "getattr", "slice"})
+    slim = fx.GraphModule(parts, graph, title)
+    for name, module in slim.named_modules():
+        module.training = like.get_submodule(name).training
+    for parameter in slim.parameters():
+        parameter.grad = None
+    return slim
+
+
+def _cut(name: str, module: Any, channels: Channels, memo: dict[int, Any]) -> Any:
+    """Return a copy of ``module`` without the channels that leave."""
+    inputs = channels.leaving_inputs(name) if name in channels.inputs else None
+    outputs = channels.leaving(name) if name in channels.filters else inputs
+    gone = (outputs is not None and outputs.any()) or (inputs is not None and inputs.any())
+    if not gone or type(module) not in _SIZED:
+        return copy.deepcopy(module, memo)
+    held = [*module.parameters(), *module.buffers()]
+    slim: Any = copy.deepcopy(module, {id(tensor): tensor for tensor in held})  # each is replaced below
+    out = None if outputs is None else ~outputs
+    if name not in channels.filters:
+        _cut_channelwise(slim, out)
+        return slim
+    _set(slim, "weight", _picked(slim.weight, out, None if inputs is None else ~inputs))
+    bias = None if module.bias is None else _picked(slim.bias, out)
+    folded = None if inputs is None else _folded(module, channels.inputs[name].constants, inputs, out)
+    if folded is not None:
+        bias = (folded if bias is None else folded + bias.double()).to(slim.weight.dtype)
+    _set(slim, "bias", bias, like=slim.weight)
+    _count(slim)
+    return slim
+
+
+def _cut_channelwise(slim: Any, out: BoolArray | None) -> None:
+    """Cut a norm's or an activation's own tensors, all of which have one entry a channel or none."""
+    for leaf, tensor in [*slim.named_parameters(), *slim.named_buffers()]:
+        _set(slim, leaf, _picked(tensor, out if tensor.ndim == 1 else None))
+    count = 0 if out is None else int(out.sum())
+    setattr(slim, "num_parameters" if isinstance(slim, nn.PReLU) else "num_features", count)
+
+
+def _folded(module: Any, constants: Any, leaving: BoolArray, out: BoolArray | None) -> torch.Tensor | None:
+    """Return what the leaving input channels add to every output of ``module``, in float64; ``None`` if nothing."""
+    used = np.where(leaving, constants, 0.0)
+    if not used.any():
+        return None
+    weight = _picked(module.weight, out).double()
+    weight = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
+    return weight @ torch.from_numpy(used).to(weight.device)
+
+
+def _set(module: Any, leaf: str, tensor: torch.Tensor | None, like: torch.Tensor | None = None) -> None:
+    """Put ``tensor`` in the place of a parameter or buffer, which says whether it is trained."""
+    old = getattr(module, leaf)
+    if tensor is None or leaf in module._buffers:
+        setattr(module, leaf, tensor)
+        return
+    pattern = like if old is None else old
+    setattr(module, leaf, nn.Parameter(tensor, requires_grad=pattern is None or pattern.requires_grad))
+
+
+def _count(module: Any) -> None:
+    """Make the sizes that a layer states about itself those of its weight."""
+    names = ("out_features", "in_features") if isinstance(module, nn.Linear) else ("out_channels", "in_channels")
+    for name, count in zip(names, module.weight.shape[:2], strict=True):
+        setattr(module, name, count)
+
+
+def _picked(tensor: torch.Tensor, out: BoolArray | None, inputs: BoolArray | None = None) -> torch.Tensor:
+    """Return a copy of ``tensor`` with the entries at ``out`` [dim 0] and ``inputs`` [dim 1], in its memory format."""
+    picked = tensor.detach().clone()
+    for dim, keep in enumerate((out, inputs)):
+        if keep is not None:
+            picked = picked.index_select(dim, torch.from_numpy(np.flatnonzero(keep)).to(tensor.device))
+    return picked.to(memory_format=_memory_format(tensor))
+
+
+def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if tensor.ndim in formats:
+        last = torch.empty(tensor.shape, device="meta", memory_format=formats[tensor.ndim])
+        if tensor.stride() == last.stride():
+            return formats[tensor.ndim]
+    return torch.contiguous_format
+
+
+def _verify(masked: nn.Module, slim: nn.Module, decision: _Decision, inputs: tuple[torch.Tensor, ...]) -> Certificate:
+    """Compare slim and masked in float64 with randomised norms, then as they are in their own type."""
+    device = measure.model_device(masked)
+    generator = torch.Generator().manual_seed(0)
+    exact = copy.deepcopy(masked).to("cpu" if device.type == "mps" else device).double().eval()
+    _randomise(exact, generator)
+    _zero(exact, decision.dead)
+    exact_slim = _rebuild(exact, decision)
+    words, worst = [], 0.0
+    for word, batch in _batches(inputs, generator, measure.model_device(exact)):
+        try:
+            expected = _tensors(exact(*batch))
+        except Exception:
+            if word.startswith("example"):
+                raise
+            continue  # a network with a fixed batch size takes no other
+        words.append(word)
+        worst = max(worst, _difference(_tensors(exact_slim(*batch)), expected))
+    _check("in float64", worst, TOLERANCE)
+    dtype = _dtype(masked)
+    limit = NATIVE_TOLERANCES.get(dtype, 5e-2)
+    masked.eval()
+    with measure.running(slim):
+        native = _difference(_tensors(slim(*inputs)), _tensors(masked(*inputs)))
+    _check(f"in {_plain(dtype)}", native, limit)
+    return Certificate(True, tuple(words), worst, TOLERANCE, _plain(dtype), native, limit)
+
+
+def _check(where: str, difference: float, limit: float) -> None:
+    if not difference <= limit:  # also when it is NaN
+        raise RuntimeError(
+            f"compact: the slim network differs from the masked one by {difference:.3g} {where}, more than {limit:g}; "
+            "nothing is returned. Exclude the layers in question from the plan, and please report the network."
+        )
+
+
+def _unverified(model: nn.Module) -> Certificate:
+    dtype = _dtype(model)
+    return Certificate(False, (), None, TOLERANCE, _plain(dtype), None, NATIVE_TOLERANCES.get(dtype, 5e-2))
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _randomise(model: nn.Module, generator: torch.Generator) -> None:
+    """Give every norm statistics and affine parameters that hide nothing."""
+
+    def uniform(like: torch.Tensor, low: float, high: float) -> torch.Tensor:
+        return (torch.rand(like.shape, generator=generator, dtype=torch.float64) * (high - low) + low).to(like.device)
+
+    ranges = {"running_mean": (-1, 1), "running_var": (0.5, 2), "weight": (0.5, 1.5), "bias": (-0.5, 0.5)}
+    for module in model.modules():
+        if type(module) in ops.NORMS | ops.MIXING_NORMS:
+            for leaf, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                if leaf in ranges:
+                    tensor.copy_(uniform(tensor, *ranges[leaf]))
+
+
+def _batches(
+    inputs: tuple[torch.Tensor, ...], generator: torch.Generator, device: torch.device
+) -> Iterator[tuple[str, tuple[torch.Tensor, ...]]]:
+    """Yield the example inputs and two random batches of different sizes, in float64."""
+    images = len(inputs[0])
+    shown = min(images, _MOST_IMAGES)
+    first = "" if shown == images else f"first {shown} of "
+
+    def resized(one: torch.Tensor, count: int, random: bool) -> torch.Tensor:
+        if len(one) != images:
+            return one.to(device, torch.float64) if one.is_floating_point() else one.to(device)
+        if not one.is_floating_point():
+            return one[torch.arange(count, device=one.device) % images].to(device)
+        if random:
+            return torch.randn((count, *one.shape[1:]), generator=generator, dtype=torch.float64).to(device)
+        return one[:count].to(device, torch.float64)
+
+    yield f"example inputs ({first}{images} images)", tuple(resized(one, shown, False) for one in inputs)
+    few = min(images, 2)
+    for count in (few, few + 1):
+        yield f"normal random inputs ({count} images)", tuple(resized(one, count, True) for one in inputs)
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        return [output]
+    items = output.values() if isinstance(output, dict) else output if isinstance(output, (list, tuple)) else ()
+    return [tensor for item in items for tensor in _tensors(item)]
+
+
+def _difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Return the largest |found - expected| / max(1, max |expected|); infinite where the shapes differ."""
+    if [one.shape for one in found] != [one.shape for one in expected]:
+        return float("inf")
+    worst = 0.0
+    for one, other in zip(found, expected, strict=True):
+        if one.numel() == 0 or torch.equal(one, other):
+            continue
+        a, b = one.double(), other.double()
+        same = (a == b) | (a.isnan() & b.isnan())
+        gap = torch.where(same, 0.0, (a - b).abs())
+        scale = max(1.0, float(torch.where(b.isfinite(), b.abs(), 0.0).max()))
+        worst = max(worst, float("inf") if not gap.isfinite().all() else float(gap.max()) / scale)
+    return worst
+
+
+def _profiles(
+    model: nn.Module, slim: nn.Module, decision: _Decision, inputs: tuple[torch.Tensor, ...], latency: bool
+) -> tuple[Profile, Profile]:
+    """Return what both networks cost; HRank's convention counts the slim one from the filters that are left."""
+    before = measure.profile(model, inputs, latency=False)
+    after = measure.profile(slim, inputs, latency=False)
+    left = {
+        name: np.flatnonzero(~decision.channels.leaving(name))
+        for name in decision.plan.keep
+        if name in decision.channels.filters
+    }
+    counted = measure.profile(model, inputs, plan=Plan(left), latency=False)
+    after = replace(after, hrank_v1_parameters=counted.hrank_v1_parameters, hrank_v1_macs=counted.hrank_v1_macs)
+    if latency:
+        times = measure.latencies([model, slim], inputs)
+        before, after = replace(before, latency_ms=times[0]), replace(after, latency_ms=times[1])
+    return before, after
+
+
+def _analysis(model: nn.Module, decision: _Decision) -> Analysis:
+    """Return the counts of every layer, from the decision alone: nothing is built."""
+    channels, layers = decision.channels, []
+    saved = 0
+    for name, module in model.named_modules():
+        if type(module) not in _SIZED or (name not in channels.filters and name not in channels.inputs):
+            continue
+        inputs = int(channels.leaving_inputs(name).sum()) if name in channels.inputs else 0
+        if name not in channels.filters:
+            saved += inputs * len(list(module.parameters()))
+            continue
+        layer = _layer(name, module, decision, inputs)
+        saved += layer.parameters - layer.parameters_left
+        layers.append(layer)
+    total = sum(one.numel() for one in model.parameters())
+    return Analysis(tuple(layers), total, total - saved)
+
+
+def _layer(name: str, module: Any, decision: _Decision, inputs_gone: int) -> LayerAnalysis:
+    weight, channels = module.weight, decision.channels
+    outputs, inputs = int(weight.shape[0]), int(weight.shape[1])
+    removed = int(channels.leaving(name).sum())
+    kernel = weight[0, 0].numel()
+    bias = 0 if module.bias is None else 1
+    read = channels.inputs.get(name)
+    folds = read is not None and bool(read.constants[channels.leaves[read.slots]].any())
+    left = (outputs - removed) * ((inputs - inputs_gone) * kernel + max(bias, int(folds)))
+    planned = outputs - len(decision.plan.keep[name]) if name in decision.plan.keep else 0
+    return LayerAnalysis(
+        name, type(module).__name__, outputs, planned, removed, inputs, inputs - inputs_gone,
+        outputs * (inputs * kernel + bias), left, decision.kept.get(name, {}),
+    )  # fmt: skip
