@@ -78,8 +78,8 @@ void run_item(Batch& batch, std::ptrdiff_t item) {
   const std::ptrdiff_t first = batch.first + item * batch.per_item;
   index.resize(static_cast<std::size_t>(std::min(batch.per_item, batch.last - first)));
   std::iota(index.begin(), index.end(), first);
-  void* memory = workspace.reserve(std::max(batch.variant.workspace(shape, batch.maps.is_double),
-                                            rank_tridiagonal_workspace(shape) * sizeof(double)));
+  void* memory =
+      workspace.reserve(std::max(batch.variant.workspace(shape), rank_tridiagonal_workspace(shape) * sizeof(double)));
   std::size_t left = run_blocks(batch, index.data(), index.size(), false, memory);
   left = run_blocks(batch, index.data(), left, true, memory);
   for (std::size_t i = 0; i < left; ++i) {

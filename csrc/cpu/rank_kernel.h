@@ -4,6 +4,10 @@
 // linkage and nothing inline is shared with other files, so no code for one instruction set can end up in another.
 #include "pyprune/rank.h"
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 #ifndef PYPRUNE_LANES
 #define PYPRUNE_LANES 2
 #endif
@@ -51,7 +55,8 @@ inline bool any(Mask mask) {
   return bits != 0;
 }
 
-// Phase 1: transpose kLanes maps into a tile [H][W][lane].
+// Phase 1: transpose kLanes maps into a float64 tile [H][W][lane]. Widening here, once, beats widening in the Gram
+// loop, where it costs half of the multiply-adds again.
 
 template <class T>
 struct Traits;
@@ -110,28 +115,28 @@ inline void transpose(Lanes<T> (&v)[kLanes]) {
 }
 
 template <class T>
-void pack_run(const T* const* maps, Index offset, Index count, Lanes<T>* tile) {
+void pack_run(const T* const* maps, Index offset, Index count, Vec* tile) {
   Index k = 0;
   for (; k + kLanes <= count; k += kLanes) {
     Lanes<T> v[kLanes];
     for (int l = 0; l < kLanes; ++l) v[l] = load(maps[l] + offset + k);
     transpose<T>(v);
-    for (int l = 0; l < kLanes; ++l) tile[k + l] = v[l];
+    for (int l = 0; l < kLanes; ++l) tile[k + l] = widen(v[l]);
   }
   for (; k < count; ++k) {
     Lanes<T> v;
     for (int l = 0; l < kLanes; ++l) v[l] = maps[l][offset + k];
-    tile[k] = v;
+    tile[k] = widen(v);
   }
 }
 
 template <class T>
-void pack(const T* const* maps, const MapShape& s, Lanes<T>* tile) {
+void pack(const T* const* maps, const MapShape& s, Vec* tile) {
   bool adjacent = true;  // channels last: the lanes lie side by side already
   for (int l = 1; l < kLanes; ++l) adjacent &= maps[l] == maps[0] + l;
   if (adjacent) {
     for (Index h = 0; h < s.H; ++h) {
-      for (Index w = 0; w < s.W; ++w) tile[h * s.W + w] = load(maps[0] + h * s.stride_h + w * s.stride_w);
+      for (Index w = 0; w < s.W; ++w) tile[h * s.W + w] = widen(load(maps[0] + h * s.stride_h + w * s.stride_w));
     }
   } else if (s.stride_w == 1 && s.stride_h == s.W) {
     pack_run(maps, 0, s.H * s.W, tile);
@@ -142,16 +147,14 @@ void pack(const T* const* maps, const MapShape& s, Lanes<T>* tile) {
       for (Index w = 0; w < s.W; ++w) {
         Lanes<T> v;
         for (int l = 0; l < kLanes; ++l) v[l] = maps[l][h * s.stride_h + w * s.stride_w];
-        tile[h * s.W + w] = v;
+        tile[h * s.W + w] = widen(v);
       }
     }
   }
 }
 
 // Squares of float32 neither overflow nor vanish in float64. Float64 maps are scaled by a power of two, lane by lane.
-inline void scale(VecFloat*, Index) {}
-
-inline void scale(Vec* tile, Index count) {
+void scale(Vec* tile, Index count) {
   Vec top = {};
   for (Index i = 0; i < count; ++i) top = larger(larger(top, tile[i]), -tile[i]);
   const Mask exponent = reinterpret_cast<Mask>(top) >> 52;
@@ -171,54 +174,54 @@ struct Norms {
 };
 
 // A tile seen with its short side first.
-template <class E>
 struct Sides {
-  const E* tile;
+  const Vec* tile;
   Index m, n, row, step;
 };
 
-template <int R, int C, class E>
-inline void gram_block(const Sides<E>& a, Index i, Index j, Vec* G, Norms& norms) {
+template <int R, int C>
+inline void gram_block(const Sides& a, Index i, Index j, Vec* G, Norms& norms) {
   Vec sum[R][C] = {};
-  const E *x = a.tile + i * a.row, *y = a.tile + j * a.row;
+  const Vec *x = a.tile + i * a.row, *y = a.tile + j * a.row;
   for (Index k = 0; k < a.n; ++k, x += a.step, y += a.step) {
     Vec left[R];
-    for (int r = 0; r < R; ++r) left[r] = widen(x[r * a.row]);
+    for (int r = 0; r < R; ++r) left[r] = x[r * a.row];
     for (int c = 0; c < C; ++c) {
-      const Vec right = widen(y[c * a.row]);
+      const Vec right = y[c * a.row];
       for (int r = 0; r < R; ++r) sum[r][c] += left[r] * right;
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) {
-      G[triangle(i + r) + j + c] = sum[r][c];
-      norms.square += 2 * sum[r][c] * sum[r][c];
-    }
+    Vec square = sum[r][0] * sum[r][0];  // one short chain a row
+    for (int c = 1; c < C; ++c) square += sum[r][c] * sum[r][c];
+    for (int c = 0; c < C; ++c) G[triangle(i + r) + j + c] = sum[r][c];
+    norms.square += square + square;
   }
 }
 
-template <int C, class E>
-inline void gram_corner(const Sides<E>& a, Index j, Vec* G, Norms& norms) {
+template <int C>
+inline void gram_corner(const Sides& a, Index j, Vec* G, Norms& norms) {
   Vec sum[C][C] = {};
-  const E* x = a.tile + j * a.row;
+  const Vec* x = a.tile + j * a.row;
   for (Index k = 0; k < a.n; ++k, x += a.step) {
     Vec left[C];
-    for (int r = 0; r < C; ++r) left[r] = widen(x[r * a.row]);
+    for (int r = 0; r < C; ++r) left[r] = x[r * a.row];
     for (int r = 0; r < C; ++r) {
       for (int c = 0; c <= r; ++c) sum[r][c] += left[r] * left[c];
     }
   }
   for (int r = 0; r < C; ++r) {
-    for (int c = 0; c < r; ++c) norms.square += 2 * sum[r][c] * sum[r][c];
-    norms.square += sum[r][r] * sum[r][r];
+    Vec square = {};
+    for (int c = 0; c < r; ++c) square += sum[r][c] * sum[r][c];
+    norms.square += square + square + sum[r][r] * sum[r][r];
     norms.trace += sum[r][r];
     norms.top = larger(norms.top, sum[r][r]);
     for (int c = 0; c <= r; ++c) G[triangle(j + r) + j + c] = sum[r][c];
   }
 }
 
-template <int C, class E>
-inline void gram_column(const Sides<E>& a, Index j, Vec* G, Norms& norms) {
+template <int C>
+inline void gram_column(const Sides& a, Index j, Vec* G, Norms& norms) {
   gram_corner<C>(a, j, G, norms);
   Index i = j + C;
   for (; i + kBlock <= a.m; i += kBlock) gram_block<kBlock, C>(a, i, j, G, norms);
@@ -229,8 +232,7 @@ inline void gram_column(const Sides<E>& a, Index j, Vec* G, Norms& norms) {
   if (a.m - i == 1) gram_block<1, C>(a, i, j, G, norms);
 }
 
-template <class E>
-Norms gram(const Sides<E>& a, Vec* G) {
+Norms gram(const Sides& a, Vec* G) {
   Norms norms = {};
   Index j = 0;
   for (; j + kBlock <= a.m; j += kBlock) gram_column<kBlock>(a, j, G, norms);
@@ -396,8 +398,7 @@ Bracket refine_bracket(const Vec* G, Index m, const Norms& norms, Bracket bracke
 // The whole kernel.
 
 struct Memory {
-  Vec *G, *L, *D, *U, *x, *y;
-  void* tile;
+  Vec *G, *L, *D, *U, *x, *y, *tile;
 
   Memory(void* memory, Index m) {
     G = static_cast<Vec*>(memory);
@@ -410,21 +411,19 @@ struct Memory {
   }
 };
 
-std::size_t workspace_bytes(const MapShape& s, bool is_double) {
+std::size_t workspace_bytes(const MapShape& s) {
   const Index m = s.short_side();
-  const Index vectors = 2 * triangle(m) + (3 + kBlock) * m;
-  return static_cast<std::size_t>(vectors * 8 + s.H * s.W * (is_double ? 8 : 4)) * kLanes;
+  return static_cast<std::size_t>(2 * triangle(m) + (3 + kBlock) * m + s.H * s.W) * sizeof(Vec);
 }
 
 template <class T>
 void run(const T* const* maps, const MapShape& s, double rtol, bool refine, void* workspace, std::int32_t* ranks) {
   const Index m = s.short_side(), n = s.long_side();
   const Memory memory(workspace, m);
-  Lanes<T>* tile = static_cast<Lanes<T>*>(memory.tile);
-  pack(maps, s, tile);
-  scale(tile, s.H * s.W);
+  pack(maps, s, memory.tile);
+  if (sizeof(T) == 8) scale(memory.tile, s.H * s.W);
   const bool wide = s.H <= s.W;
-  const Norms norms = gram(Sides<Lanes<T>>{tile, m, n, wide ? s.W : 1, wide ? 1 : s.W}, memory.G);
+  const Norms norms = gram(Sides{memory.tile, m, n, wide ? s.W : 1, wide ? 1 : s.W}, memory.G);
 
   // A threshold off by half the guaranteed band of 1 / (4 n^2) is as good as the exact one.
   const double tight = 1 / (4 * static_cast<double>(n * n));

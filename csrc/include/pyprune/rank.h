@@ -35,7 +35,7 @@ struct RankVariant {
   const char* needs;  // instruction sets, in words
   bool (*supported)();
   int lanes;
-  std::size_t (*workspace)(const MapShape&, bool is_double);  // bytes, for 64-byte aligned memory
+  std::size_t (*workspace)(const MapShape&);  // bytes, for 64-byte aligned memory
   // maps[0..lanes): the maps' first elements. refine: narrow the bracket of sigma_max by power steps.
   void (*run)(const void* const* maps, const MapShape&, bool is_double, double rtol, bool refine, void* workspace,
               std::int32_t* ranks);
