@@ -14,9 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
-from torch import nn
+from torch import fx, nn
 
-from pyprune import graph
+from pyprune import channels, graph
 from pyprune.progress import track
 from pyprune.types import Evaluation, FloatArray, IntArray, LayerCount, Plan, Profile
 
@@ -270,18 +270,20 @@ def profile(
     if plan is not None:
         graph.check_plan("profile", model, plan)
     counts = _run_and_count(model, inputs)
+    leaving = None if plan is None else _leaving(model, inputs, plan)
     keep = {} if plan is None else {name: len(kept) for name, kept in plan.keep.items()}
-    width = {count.name: _full_width(count.module) for count in counts}
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    layers = tuple(_layer(count, width[count.name]) for count in counts)
+    full = [_layer(count, _full_width(count.module)) for count in counts]
+    layers = tuple(_layer(count, _width(count, leaving)) for count in counts)
+    others = sum(parameter.numel() for parameter in model.parameters()) - sum(layer.parameters for layer in full)
     return Profile(
-        parameters=parameters,
+        parameters=others - _leaving_elsewhere(model, leaving) + sum(layer.parameters for layer in layers),
         macs=sum(layer.macs for layer in layers),
         hrank_v1_parameters=sum(_hrank(count, keep).parameters for count in counts),
         hrank_v1_macs=sum(_hrank(count, keep).macs for count in counts),
         latency_ms=latencies([model], inputs)[0] if latency else None,
         device=device_name(model_device(model)),
         layers=layers,
+        batch=len(inputs[0]),
     )
 
 
@@ -316,6 +318,54 @@ def _run_and_count(model: nn.Module, inputs: Sequence[torch.Tensor]) -> list[_Co
         for handle in handles:
             handle.remove()
     return [_Count(name, module, positions.get(module, 0)) for name, module in layers.items()]
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a traced graph and notes the shape of every tensor, by node."""
+
+    def __init__(self, model: nn.Module, trace: fx.Graph) -> None:
+        super().__init__(model, graph=trace)
+        self.found: dict[fx.Node, torch.Size] = {}
+
+    def run_node(self, node: fx.Node) -> Any:
+        result = super().run_node(node)
+        if isinstance(result, torch.Tensor):
+            self.found[node] = result.shape
+        return result
+
+
+def _leaving(model: nn.Module, inputs: Sequence[torch.Tensor], plan: Plan) -> channels.Channels:
+    """Return which channels will leave the network once ``plan`` is carried out."""
+    dead = graph.dead_slices(model, plan, "profile")
+    trace = graph.trace(model, "profile")
+    shapes = _Shapes(model, trace)
+    with running(model) as place, torch.no_grad():
+        shapes.run(*(one.to(place) for one in inputs))
+    return channels.follow(model, trace, shapes.found, dead)
+
+
+def _width(count: _Count, leaving: channels.Channels | None) -> _Width:
+    """Return the inputs and outputs that a layer is left with."""
+    inputs, outputs = _full_width(count.module)
+    if leaving is None:
+        return _Width(inputs, outputs)
+    if count.name in leaving.inputs:
+        inputs -= int(leaving.leaving_inputs(count.name).sum())
+    if count.name in leaving.first:
+        outputs -= int(leaving.leaving(count.name).sum())
+    return _Width(inputs, outputs)
+
+
+def _leaving_elsewhere(model: nn.Module, leaving: channels.Channels | None) -> int:
+    """Return how many parameters leave norms and other modules with one value per channel."""
+    if leaving is None:
+        return 0
+    modules = {name: model.get_submodule(name) for name in leaving.inputs}
+    return sum(
+        int(leaving.leaving_inputs(name).sum()) * len(list(module.parameters(recurse=False)))
+        for name, module in modules.items()
+        if not isinstance(module, Counted)
+    )
 
 
 def _full_width(module: Counted) -> _Width:
