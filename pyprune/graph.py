@@ -343,7 +343,7 @@ _PLAIN = (
     ast.Module, ast.FunctionDef, ast.ClassDef, ast.arguments, ast.arg, ast.Return, ast.Assign, ast.Expr, ast.Call,
     ast.keyword, ast.Attribute, ast.Name, ast.Load, ast.Store, ast.Constant, ast.Tuple, ast.List, ast.Dict, ast.Slice,
     ast.Subscript, ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.MatMult,
-    ast.UnaryOp, ast.USub, ast.Compare, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE,
+    ast.BitOr, ast.UnaryOp, ast.USub, ast.Compare, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE,
     ast.With, ast.withitem, ast.Import, ast.ImportFrom, ast.alias,
 )  # fmt: skip
 
@@ -367,7 +367,7 @@ def check_source(who: str, source: str, names: Collection[str], imports: Collect
         if not isinstance(node, _PLAIN):
             raise ValueError(f"{who}: generated source may not hold {type(node).__name__} (line {_line(node)}).")
         name = _named(node)
-        dunder = name.startswith("__") and name != "__init__"
+        dunder = name.startswith("__") and name != "__init__" and name not in names
         if dunder or (isinstance(node, ast.Name) and name not in bound and name not in names):
             raise ValueError(f"{who}: generated source may not use {name!r} (line {_line(node)}).")
         if isinstance(node, (ast.Import, ast.ImportFrom)) and not _imported(node) <= set(imports):

@@ -103,7 +103,7 @@ def is_flatten(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         shape = node.args[1:]
         if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
             shape = tuple(shape[0])
-        return len(shape) == 2 and shape[1] == -1 and _is_batch_size(shape[0])
+        return len(shape) == 2 and bool(shape[1] == -1) and _is_batch_size(shape[0])
     return False
 
 

@@ -1,0 +1,192 @@
+"""The slim folder: weights, architecture, plain source and a page for people, written and read back."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import fx, nn
+
+import pyprune
+from pyprune import files, slimfile, slimsource
+from pyprune.types import Certificate, Compacted, Profile
+
+WEIGHTS = "model.safetensors"
+ARCHITECTURE = "architecture.json"
+SOURCE = "slim_model.py"
+PAGE = "README.md"
+
+
+def save_slim(slim: Compacted, folder: str | os.PathLike[str]) -> Path:
+    """Write the slim folder: four files, each written beside its place and renamed.
+
+    ``model.safetensors`` holds the weights, ``architecture.json`` what :func:`load_slim` builds the network from,
+    ``slim_model.py`` the same network as source for people without pyprune, ``README.md`` what it is and costs.
+
+    Parameters
+    ----------
+    slim
+        What :func:`pyprune.compact` returned; its model may have been trained since.
+    folder
+        Created if needed; old files of those names are replaced.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    ValueError
+        If the folder cannot be written, or the network uses an operation that the format does not hold (named).
+        Nothing is written then.
+    TypeError
+        If ``slim`` does not come from :func:`pyprune.compact`.
+    """
+    if not isinstance(slim, Compacted) or not isinstance(slim.model, fx.GraphModule):
+        raise TypeError(f"save_slim: needs what compact returned; got {type(slim).__name__}.")
+    architecture = slimfile.describe("save_slim", slim.model)
+    weights = slim.model.state_dict()
+    _check_shapes("save_slim", weights, architecture)
+    source = slimsource.write_source("save_slim", architecture)
+    page = _page(slim)
+    place = files.make_folder("save_slim", folder)
+    files.write_tensors(place / WEIGHTS, weights, {"format": "pyprune.slim", "version": "1"})
+    files.write_json(place / ARCHITECTURE, architecture.content)
+    files.write_bytes(place / SOURCE, source.encode())
+    files.write_bytes(place / PAGE, page.encode())
+    return place
+
+
+def load_slim(folder: str | os.PathLike[str]) -> nn.Module:
+    """Read a slim folder back, in eval mode on the CPU, without running anything that it holds.
+
+    Parameters
+    ----------
+    folder
+        What :func:`save_slim` wrote. ``slim_model.py`` and ``README.md`` are not read.
+
+    Returns
+    -------
+    torch.nn.Module
+        A ``torch.fx.GraphModule`` with the names and bits of the saved network.
+
+    Raises
+    ------
+    ValueError
+        If a file is missing, truncated, foreign, from a newer pyprune, or holds anything that the format does not
+        allow. Names, shapes and types of all tensors are compared before any of them is read.
+    """
+    place = Path(folder)
+    content = files.read_json("load_slim", place / ARCHITECTURE, slimfile.FORMAT, slimfile.VERSION)
+    model = slimfile.build("load_slim", slimfile.check("load_slim", content))
+    _check_header(place / WEIGHTS, model)
+    tensors, _ = files.read_tensors("load_slim", place / WEIGHTS)
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def _check_shapes(who: str, weights: dict[str, torch.Tensor], architecture: slimfile.Architecture) -> None:
+    """Raise unless the architecture implies exactly these tensors: a changed layer would not load again."""
+    implied = {name: (one.shape, one.dtype) for name, one in slimfile.build(who, architecture).state_dict().items()}
+    held = {name: (one.shape, one.dtype) for name, one in weights.items()}
+    if implied != held:
+        odd = sorted(name for name in implied.keys() | held.keys() if implied.get(name) != held.get(name))
+        raise ValueError(f"{who}: {odd[0]!r} is not what its layer's settings imply; the slim format cannot hold it.")
+
+
+def _check_header(path: Path, model: nn.Module) -> None:
+    """Raise unless the file holds exactly the tensors that the architecture implies."""
+    header = {name: entry for name, entry in files.tensor_header("load_slim", path).items() if name != "__metadata__"}
+    needed = {
+        name: (slimfile.CODES[str(one.dtype).removeprefix("torch.")], list(one.shape))
+        for name, one in model.state_dict().items()
+    }
+    odd = sorted(header.keys() ^ needed.keys())
+    if odd:
+        where = "lacks" if odd[0] in needed else "has, and the architecture does not,"
+        raise ValueError(f"load_slim: {path} {where} the tensor {odd[0]!r}; the files do not belong together.")
+    for name, (dtype, shape) in needed.items():
+        came = header[name]
+        if (came["dtype"], came["shape"]) != (dtype, shape):
+            raise ValueError(
+                f"load_slim: {name!r} must be {dtype} {shape} by the architecture; {path} has {came['dtype']} "
+                f"{came['shape']}. The files do not belong together."
+            )
+
+
+def _page(slim: Compacted) -> str:
+    """Return the README of the folder."""
+    shapes = ", ".join(str(list(one.shape)) for one in slim.example_inputs)
+    return f"""# A slim network
+
+Made by pyprune from a larger network, whose outputs it reproduced when the removed filters were zero.
+
+{_costs(slim.before, slim.after)}
+
+`compact` counts the network as it really is; `hrank_v1` counts as HRank's tables do: removed filters at full input
+width, no norms. MACs are multiply-accumulates for one image. Latency is the median of one forward pass of example
+inputs of shape {shapes} on {slim.after.device}, both networks measured in turns.
+
+## Load it
+
+With pyprune:
+
+```python
+import pyprune as pp
+
+model = pp.load_slim("{{folder}}")
+```
+
+Without pyprune, with torch and safetensors, from inside this folder:
+
+```python
+from slim_model import load
+
+model = load()
+```
+
+## Proof
+
+{_proof(slim.certificate)}
+
+## Provenance
+
+pyprune {pyprune.__version__}, torch {torch.__version__}; plan by `{slim.plan.method}`;
+{_kept(slim)}
+""".replace("{folder}", "path/to/this/folder")
+
+
+def _costs(before: Profile, after: Profile) -> str:
+    rows = [
+        ("parameters (compact)", f"{before.parameters:,}", f"{after.parameters:,}"),
+        ("MACs (compact)", f"{before.macs:,}", f"{after.macs:,}"),
+        ("parameters (hrank_v1)", f"{before.hrank_v1_parameters:,}", f"{after.hrank_v1_parameters:,}"),
+        ("MACs (hrank_v1)", f"{before.hrank_v1_macs:,}", f"{after.hrank_v1_macs:,}"),
+        ("latency", _milliseconds(before), _milliseconds(after)),
+    ]
+    return "\n".join(["| | before | after |", "|---|---:|---:|", *(f"| {a} | {b} | {c} |" for a, b, c in rows)])
+
+
+def _milliseconds(profile: Profile) -> str:
+    return "not measured" if profile.latency_ms is None else f"{profile.latency_ms:.3g} ms"
+
+
+def _proof(certificate: Certificate) -> str:
+    if not certificate.verified:
+        return "The slim network was not compared with the masked one: verification was switched off."
+    return (
+        "When it was compacted, the slim network was compared with the masked one, as the largest difference over\n"
+        f"max(1, largest output): {certificate.max_difference:.3g} in float64 with randomised norms "
+        f"(allowed {certificate.tolerance:g}) on\n{'; '.join(certificate.inputs)};\n"
+        f"{certificate.native_difference:.3g} in {certificate.dtype} (allowed {certificate.native_tolerance:g}) on "
+        "the example inputs.\nThe proof holds for the moment of compaction; later training is not part of it."
+    )
+
+
+def _kept(slim: Compacted) -> str:
+    count = sum(len(filters) for filters in slim.kept.values())
+    if not count:
+        return "every filter that the plan removes has left."
+    return f"{count} filters that the plan removes have stayed, because something needs their place."

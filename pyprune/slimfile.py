@@ -1,0 +1,447 @@
+"""The architecture of a slim network as plain JSON: a closed table of modules, functions and methods.
+
+Writing refuses what is not in the table. Reading checks every name, type and range before anything is built, and
+builds by looking names up in the table: nothing is imported, evaluated or executed.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from pyprune import graph as graphs
+from pyprune import operations as ops
+
+FORMAT = "pyprune.architecture"
+VERSION = 1
+MAX_NODES = 20_000
+MAX_MODULES = 10_000
+MAX_DEPTH = 16
+MAX_COUNT = 1 << 20
+MAX_NUMBER = 1 << 31
+_NESTING = 6
+
+DTYPES = {
+    "float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
+}  # fmt: skip
+CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
+"""How safetensors calls each type."""
+
+# Each setting is (name in the constructor, kind, default); a setting at its default is not written.
+_Setting = tuple[str, str, Any]
+REQUIRED = object()
+
+
+def _conv(dims: int, transposed: bool = False) -> list[_Setting]:
+    zero, one = [0] * dims, [1] * dims
+    settings: list[_Setting] = [
+        ("in_channels", "count", REQUIRED), ("out_channels", "count", REQUIRED), ("kernel_size", "sizes", REQUIRED),
+        ("stride", "sizes", one), ("padding", "padding", zero), ("dilation", "sizes", one), ("groups", "count", 1),
+        ("bias", "present", True), ("padding_mode", "choice", "zeros"),
+    ]  # fmt: skip
+    return [*settings, ("output_padding", "sizes", zero)] if transposed else settings
+
+
+_BATCH_NORM: list[_Setting] = [
+    ("num_features", "count", REQUIRED), ("eps", "number", 1e-5), ("momentum", "momentum", 0.1),
+    ("affine", "flag", True), ("track_running_stats", "flag", True),
+]  # fmt: skip
+_INSTANCE_NORM: list[_Setting] = [*_BATCH_NORM[:3], ("affine", "flag", False), ("track_running_stats", "flag", False)]
+_POOL: list[_Setting] = [("kernel_size", "size", REQUIRED), ("stride", "size", None), ("padding", "size", 0)]
+_MAX_POOL: list[_Setting] = [*_POOL, ("dilation", "size", 1), ("ceil_mode", "flag", False)]
+_AVG_POOL: list[_Setting] = [*_POOL, ("ceil_mode", "flag", False), ("count_include_pad", "flag", True)]
+_AVG_POOL_ND: list[_Setting] = [*_AVG_POOL, ("divisor_override", "optional", None)]
+_OUTPUT: list[_Setting] = [("output_size", "output", REQUIRED)]
+_P: list[_Setting] = [("p", "number", 0.5), ("inplace", "flag", False)]
+_INPLACE: list[_Setting] = [("inplace", "flag", False)]
+_LAMBDA: list[_Setting] = [("lambd", "number", 0.5)]
+
+MODULES: dict[type, list[_Setting]] = {
+    nn.Conv1d: _conv(1), nn.Conv2d: _conv(2), nn.Conv3d: _conv(3),
+    nn.ConvTranspose1d: _conv(1, True), nn.ConvTranspose2d: _conv(2, True), nn.ConvTranspose3d: _conv(3, True),
+    nn.Linear: [("in_features", "count", REQUIRED), ("out_features", "count", REQUIRED), ("bias", "present", True)],
+    nn.BatchNorm1d: _BATCH_NORM, nn.BatchNorm2d: _BATCH_NORM, nn.BatchNorm3d: _BATCH_NORM,
+    nn.InstanceNorm1d: _INSTANCE_NORM, nn.InstanceNorm2d: _INSTANCE_NORM, nn.InstanceNorm3d: _INSTANCE_NORM,
+    nn.GroupNorm: [
+        ("num_groups", "count", REQUIRED), ("num_channels", "count", REQUIRED), ("eps", "number", 1e-5),
+        ("affine", "flag", True),
+    ],
+    nn.LayerNorm: [
+        ("normalized_shape", "sizes", REQUIRED), ("eps", "number", 1e-5), ("elementwise_affine", "flag", True),
+        ("bias", "present", True),
+    ],
+    nn.LocalResponseNorm: [
+        ("size", "count", REQUIRED), ("alpha", "number", 1e-4), ("beta", "number", 0.75), ("k", "number", 1.0),
+    ],
+    nn.ReLU: _INPLACE, nn.ReLU6: _INPLACE, nn.SELU: _INPLACE, nn.SiLU: _INPLACE, nn.Mish: _INPLACE,
+    nn.Hardswish: _INPLACE, nn.Hardsigmoid: _INPLACE,
+    nn.LeakyReLU: [("negative_slope", "number", 0.01), *_INPLACE],
+    nn.ELU: [("alpha", "number", 1.0), *_INPLACE], nn.CELU: [("alpha", "number", 1.0), *_INPLACE],
+    nn.GELU: [("approximate", "choice", "none")],
+    nn.Sigmoid: [], nn.Tanh: [], nn.Softsign: [], nn.LogSigmoid: [], nn.Tanhshrink: [], nn.Identity: [],
+    nn.Hardtanh: [("min_val", "number", -1.0), ("max_val", "number", 1.0), *_INPLACE],
+    nn.Softplus: [("beta", "number", 1.0), ("threshold", "number", 20.0)],
+    nn.Threshold: [("threshold", "number", REQUIRED), ("value", "number", REQUIRED), *_INPLACE],
+    nn.Hardshrink: _LAMBDA, nn.Softshrink: _LAMBDA,
+    nn.PReLU: [("num_parameters", "count", 1)],
+    nn.Softmax: [("dim", "optional", None)], nn.LogSoftmax: [("dim", "optional", None)],
+    nn.Dropout: _P, nn.Dropout1d: _P, nn.Dropout2d: _P, nn.Dropout3d: _P, nn.AlphaDropout: _P,
+    nn.FeatureAlphaDropout: _P,
+    nn.MaxPool1d: _MAX_POOL, nn.MaxPool2d: _MAX_POOL, nn.MaxPool3d: _MAX_POOL,
+    nn.AvgPool1d: _AVG_POOL, nn.AvgPool2d: _AVG_POOL_ND, nn.AvgPool3d: _AVG_POOL_ND,
+    nn.AdaptiveAvgPool1d: _OUTPUT, nn.AdaptiveAvgPool2d: _OUTPUT, nn.AdaptiveAvgPool3d: _OUTPUT,
+    nn.AdaptiveMaxPool1d: _OUTPUT, nn.AdaptiveMaxPool2d: _OUTPUT, nn.AdaptiveMaxPool3d: _OUTPUT,
+    nn.Flatten: [("start_dim", "whole", 1), ("end_dim", "whole", -1)],
+    nn.Upsample: [
+        ("size", "output", None), ("scale_factor", "scale", None), ("mode", "choice", "nearest"),
+        ("align_corners", "flag or none", None),
+    ],
+    nn.ZeroPad2d: [("padding", "sizes", REQUIRED)], nn.ReflectionPad2d: [("padding", "sizes", REQUIRED)],
+    nn.ReplicationPad2d: [("padding", "sizes", REQUIRED)],
+    nn.PixelShuffle: [("upscale_factor", "count", REQUIRED)],
+}  # fmt: skip
+MODULE_NAMES = {kind.__name__: kind for kind in MODULES}
+
+CHOICES = frozenset({
+    "zeros", "reflect", "replicate", "circular", "same", "valid", "none", "tanh", "nearest", "linear", "bilinear",
+    "bicubic", "trilinear", "area", "nearest-exact", "constant", "shape", "floor", "trunc",
+})  # fmt: skip
+"""Every string that a setting or an argument may be."""
+
+FUNCTIONS: dict[Any, str] = {
+    **ops.CHANNELWISE_FUNCTIONS, **ops.SCALAR_FUNCTIONS, **ops.ADD_FUNCTIONS, **ops.CAT_FUNCTIONS,
+    **ops.FLATTEN_FUNCTIONS, **ops.MEAN_FUNCTIONS,
+    operator.getitem: "operator.getitem", getattr: "getattr", operator.floordiv: "operator.floordiv",
+    operator.imul: "operator.imul", operator.matmul: "operator.matmul", torch.mul: "torch.mul",
+    torch.sub: "torch.sub", torch.chunk: "torch.chunk", torch.split: "torch.split", torch.stack: "torch.stack",
+    torch.squeeze: "torch.squeeze", torch.unsqueeze: "torch.unsqueeze", torch.permute: "torch.permute",
+    torch.transpose: "torch.transpose", torch.reshape: "torch.reshape", torch.sum: "torch.sum",
+    torch.matmul: "torch.matmul", torch.softmax: "torch.softmax", F.softmax: "F.softmax",
+    F.log_softmax: "F.log_softmax", torch.log_softmax: "torch.log_softmax", F.pad: "F.pad",
+    F.normalize: "F.normalize", F.pixel_shuffle: "F.pixel_shuffle",
+}  # fmt: skip
+FUNCTION_NAMES = {name: function for function, name in FUNCTIONS.items()}
+METHODS = (
+    ops.ACTIVATION_METHODS | ops.SAME_METHODS | ops.ADD_METHODS | ops.RESHAPE_METHODS
+    | frozenset({
+        "flatten", "mean", "sum", "size", "dim", "chunk", "split", "squeeze", "unsqueeze", "permute", "transpose",
+        "mul", "mul_", "sub", "div", "matmul", "softmax", "log_softmax", "detach", "amax",
+    })
+)  # fmt: skip
+_INFIX = {
+    "operator.add": "+", "operator.sub": "-", "operator.mul": "*", "operator.truediv": "/",
+    "operator.floordiv": "//", "operator.matmul": "@",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Architecture:
+    """A checked architecture: ``content`` is what the file holds, and nothing in it is left to believe."""
+
+    content: Mapping[str, Any]
+
+    @property
+    def modules(self) -> Mapping[str, Mapping[str, Any]]:
+        """The layers by qualified name: each has a type, settings and a dtype."""
+        found: Mapping[str, Mapping[str, Any]] = self.content["modules"]
+        return found
+
+    @property
+    def nodes(self) -> list[Mapping[str, Any]]:
+        """The operations in order."""
+        found: list[Mapping[str, Any]] = self.content["nodes"]
+        return found
+
+
+def describe(who: str, model: fx.GraphModule) -> Architecture:
+    """Return the architecture of ``model``.
+
+    Raises
+    ------
+    ValueError
+        If it uses an operation, setting or name that the format does not hold; the message names it.
+    """
+    modules: dict[str, Any] = {}
+    for node in model.graph.nodes:
+        if node.op == "call_module":
+            name = str(node.target)
+            modules[name] = _describe_module(who, name, model.get_submodule(name))
+    nodes = [_describe_node(who, node) for node in model.graph.nodes]
+    content = {"format": FORMAT, "version": VERSION, "modules": modules, "nodes": nodes}
+    return check(who, content)
+
+
+def _describe_module(who: str, name: str, module: Any) -> dict[str, Any]:
+    kind = type(module)
+    if kind not in MODULES:
+        raise ValueError(f"{who}: {name} is a {kind.__name__}, which the slim format does not hold.")
+    if change := graphs.is_changed(module):
+        raise ValueError(f"{who}: {name} {change}, which the slim format does not hold.")
+    if odd := _unwritable(module):
+        raise ValueError(f"{who}: {name} {odd}, which the slim format does not hold.")
+    settings: dict[str, Any] = {}
+    for setting, sort, default in MODULES[kind]:
+        value = getattr(module, setting) is not None if sort == "present" else getattr(module, setting)
+        value = list(value) if isinstance(value, (tuple, torch.Size)) else value
+        if default is REQUIRED or (value != default and (setting, value) != ("stride", settings.get("kernel_size"))):
+            settings[setting] = value
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in module.parameters()}
+    dtypes |= {str(b.dtype).removeprefix("torch.") for b in module.buffers() if b.is_floating_point()}
+    if len(dtypes) > 1:
+        raise ValueError(f"{who}: {name} holds tensors of several types, {sorted(dtypes)}; convert it to one.")
+    return {"type": kind.__name__, "settings": settings, **({"dtype": dtypes.pop()} if dtypes else {})}
+
+
+def _unwritable(module: Any) -> str:
+    """Return what a module does that no setting in the table says, or nothing."""
+    if getattr(module, "return_indices", False):
+        return "returns indices"
+    if type(module) in ops.NORMS and module.affine and module.bias is None:
+        return "has a weight and no bias"
+    return "has its scale factor recomputed" if getattr(module, "recompute_scale_factor", None) else ""
+
+
+def _describe_node(who: str, node: fx.Node) -> dict[str, Any]:
+    described: dict[str, Any] = {"name": node.name, "op": node.op}
+    if node.op == "call_function":
+        if node.target not in FUNCTIONS:
+            title = getattr(node.target, "__name__", str(node.target))
+            raise ValueError(f"{who}: {node.name} calls {title}, which the slim format does not hold.")
+        described["target"] = FUNCTIONS[node.target]
+    elif node.op == "get_attr":
+        raise ValueError(f"{who}: {node.name} reads {node.target} directly, which the slim format does not hold.")
+    elif node.op != "output":
+        described["target"] = str(node.target)
+    described["args"] = [_encoded(who, node, arg) for arg in node.args]
+    described["kwargs"] = {key: _encoded(who, node, arg) for key, arg in node.kwargs.items()}
+    return described
+
+
+def _encoded(who: str, node: fx.Node, value: Any) -> Any:
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, (tuple, torch.Size)):
+        return {"tuple": [_encoded(who, node, item) for item in value]}
+    if isinstance(value, list):
+        return [_encoded(who, node, item) for item in value]
+    if isinstance(value, slice):
+        return {"slice": [_encoded(who, node, item) for item in (value.start, value.stop, value.step)]}
+    if isinstance(value, dict):
+        return {"dict": [[key, _encoded(who, node, item)] for key, item in value.items()]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ValueError(
+        f"{who}: {node.name} has an argument of type {type(value).__name__}, which the format does not hold."
+    )
+
+
+def check(who: str, content: Mapping[str, Any]) -> Architecture:
+    """Return ``content`` as an architecture after checking every name, type and range in it.
+
+    Raises
+    ------
+    ValueError
+        If anything in it is not what the format allows.
+    """
+    modules, nodes = content.get("modules"), content.get("nodes")
+    if set(content) != {"format", "version", "modules", "nodes"} or not isinstance(modules, dict):
+        raise ValueError(f"{who}: the architecture must hold format, version, modules and nodes, and nothing else.")
+    if not isinstance(nodes, list) or not 1 <= len(nodes) <= MAX_NODES or len(modules) > MAX_MODULES:
+        raise ValueError(f"{who}: the architecture must have 1 to {MAX_NODES} nodes and at most {MAX_MODULES} modules.")
+    for name, module in modules.items():
+        _check_path(who, name, modules)
+        _check_module(who, name, module)
+    seen: set[str] = set()
+    for i, node in enumerate(nodes):
+        _check_node(who, node, seen, modules, last=i == len(nodes) - 1)
+    return Architecture(content)
+
+
+def _check_path(who: str, path: str, modules: Mapping[str, Any]) -> None:
+    parts = path.split(".")
+    if len(parts) > MAX_DEPTH:
+        raise ValueError(f"{who}: the module name {path[:140]!r} is nested too deep.")
+    for part in parts:
+        graphs.check_name(who, part)
+        if hasattr(nn.ModuleDict, part) or part == "training":
+            raise ValueError(f"{who}: the module name {path!r} hides what every module has. Rename it.")
+    for i in range(1, len(parts)):
+        if ".".join(parts[:i]) in modules:
+            raise ValueError(f"{who}: {'.'.join(parts[:i])!r} is a layer and cannot hold {path!r}.")
+
+
+def _check_module(who: str, name: str, module: Any) -> None:
+    if not isinstance(module, dict) or not {"type", "settings"} <= set(module) <= {"type", "settings", "dtype"}:
+        raise ValueError(f"{who}: the module {name!r} must have a type, settings and perhaps a dtype.")
+    if not isinstance(module["type"], str) or module["type"] not in MODULE_NAMES:
+        raise ValueError(f"{who}: {name!r} is of type {module['type']!r}, which the slim format does not hold.")
+    if "dtype" in module and (not isinstance(module["dtype"], str) or module["dtype"] not in DTYPES):
+        raise ValueError(f"{who}: {name!r} has the dtype {module['dtype']!r}; it must be one of {sorted(DTYPES)}.")
+    settings, table = module["settings"], MODULES[MODULE_NAMES[module["type"]]]
+    kinds = {setting: sort for setting, sort, _ in table}
+    needed = {setting for setting, _, default in table if default is REQUIRED}
+    if not isinstance(settings, dict) or not needed <= set(settings) <= set(kinds):
+        raise ValueError(f"{who}: {name!r} must have the settings of a {module['type']}: {', '.join(kinds)}.")
+    for setting, value in settings.items():
+        if not _KINDS[kinds[setting]](value):
+            raise ValueError(f"{who}: {name!r} has {setting} = {str(value)[:80]}, which is no possible value.")
+
+
+def _is_whole(value: Any, low: int = -MAX_COUNT, high: int = MAX_COUNT) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) <= MAX_NUMBER
+
+
+def _is_sizes(value: Any, low: int = 0) -> bool:
+    return isinstance(value, list) and 1 <= len(value) <= 8 and all(_is_whole(one, low) for one in value)
+
+
+def _is_choice(value: Any) -> bool:
+    return isinstance(value, str) and value in CHOICES
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "count": lambda value: _is_whole(value, 1),
+    "whole": _is_whole,
+    "optional": lambda value: value is None or _is_whole(value),
+    "size": lambda value: value is None or _is_whole(value, 0) or _is_sizes(value),
+    "sizes": _is_sizes,
+    "padding": lambda value: _is_sizes(value) or value in ("same", "valid"),
+    "output": lambda value: (
+        value is None
+        or _is_whole(value, 1)
+        or (isinstance(value, list) and 1 <= len(value) <= 3 and all(v is None or _is_whole(v, 1) for v in value))
+    ),
+    "scale": lambda value: (
+        value is None
+        or _is_number(value)
+        or (isinstance(value, list) and 1 <= len(value) <= 3 and all(map(_is_number, value)))
+    ),
+    "number": _is_number,
+    "momentum": lambda value: value is None or _is_number(value),
+    "flag": lambda value: type(value) is bool,
+    "flag or none": lambda value: value is None or type(value) is bool,
+    "present": lambda value: type(value) is bool,
+    "choice": _is_choice,
+}
+
+
+def _check_node(who: str, node: Any, seen: set[str], modules: Mapping[str, Any], last: bool) -> None:
+    if not isinstance(node, dict) or not {"name", "op", "args", "kwargs"} <= set(node) <= {
+        "name", "op", "target", "args", "kwargs",
+    }:  # fmt: skip
+        raise ValueError(f"{who}: a node must have a name, an op, args, kwargs and perhaps a target.")
+    name, op, target = node["name"], node["op"], node.get("target", "output")
+    if not isinstance(name, str) or not isinstance(op, str) or not isinstance(target, str):
+        raise ValueError(f"{who}: the name, op and target of a node must be text.")
+    graphs.check_name(who, name)
+    if name in seen or name[0].isdigit() or name in _RESERVED:
+        raise ValueError(f"{who}: the node name {name!r} is taken or no variable.")
+    targets: dict[str, Collection[str]] = {
+        "placeholder": (target,), "call_module": modules, "call_function": FUNCTION_NAMES, "call_method": METHODS,
+        "output": () if "target" in node else (target,),
+    }  # fmt: skip
+    if target not in targets.get(op, ()) or last != (op == "output"):
+        raise ValueError(f"{who}: the node {name!r} has op {op[:40]!r} with target {target[:140]!r}, which it cannot.")
+    if op == "placeholder":
+        graphs.check_name(who, target)
+    if not isinstance(node["args"], list) or not isinstance(node["kwargs"], dict):
+        raise ValueError(f"{who}: the arguments of {name!r} are malformed.")
+    for key in node["kwargs"]:
+        graphs.check_name(who, key)
+    for value in [*node["args"], *node["kwargs"].values()]:
+        _check_value(who, name, value, seen, op == "output", 0)
+    if target == "getattr" and op == "call_function" and node["args"][1:] != ["shape"]:
+        raise ValueError(f"{who}: the node {name!r} may read no attribute but shape.")
+    seen.add(name)
+
+
+_RESERVED = frozenset({"self", "torch", "F", "nn", "operator", "getattr", "slice", "Path", "load_file", "device"})
+
+
+def _check_value(who: str, name: str, value: Any, seen: set[str], names: bool, depth: int) -> None:
+    """Check one argument; ``names`` lets an output's dictionary have any plain name as a key."""
+    if depth > _NESTING:
+        raise ValueError(f"{who}: the arguments of {name!r} are nested too deep.")
+    items: list[Any] = []
+    if isinstance(value, list):
+        items = value
+    elif isinstance(value, dict) and len(value) == 1:
+        kind, inner = next(iter(value.items()))
+        if kind == "node" and isinstance(inner, str) and inner in seen:
+            return
+        pairs = kind == "dict" and names and isinstance(inner, list)
+        if pairs and all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in inner):
+            for key, _ in inner:
+                graphs.check_name(who, key)
+            items = [item for _, item in inner]
+        elif isinstance(inner, list) and (kind == "tuple" or (kind == "slice" and len(inner) == 3)):
+            items = inner
+        else:
+            raise ValueError(f"{who}: {name!r} has a malformed argument, or one that is not computed before it.")
+    elif not (value is None or type(value) is bool or _is_number(value) or _is_choice(value)):
+        raise ValueError(f"{who}: {name!r} has the argument {str(value)[:80]!r}, which is no possible value.")
+    for item in items:
+        _check_value(who, name, item, seen, names, depth + 1)
+
+
+def build(who: str, architecture: Architecture) -> fx.GraphModule:
+    """Return the network of a checked architecture, with tensors that have shapes and no memory.
+
+    Raises
+    ------
+    ValueError
+        If torch refuses the settings of a layer, or the operations do not make a graph.
+    """
+    parts: dict[str, Any] = {}
+    for name, module in architecture.modules.items():
+        parts[name] = _built(who, name, module)
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    for node in architecture.nodes:
+        target = node.get("target", "output")
+        if node["op"] == "call_function":
+            target = FUNCTION_NAMES[target]
+        args = tuple(_decoded(value, nodes) for value in node["args"])
+        kwargs = {key: _decoded(value, nodes) for key, value in node["kwargs"].items()}
+        nodes[node["name"]] = graph.create_node(node["op"], target, args, kwargs, name=node["name"])
+    code = graph.python_code("self")
+    graphs.check_source(who, code.src, {*code.globals, "getattr", "slice"})
+    return fx.GraphModule(parts, graph, "SlimModel")
+
+
+def _built(who: str, name: str, module: Mapping[str, Any]) -> nn.Module:
+    kind: Any = MODULE_NAMES[module["type"]]
+    dtype = DTYPES[module["dtype"]] if "dtype" in module else None
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in module["settings"].items()}
+    try:
+        with torch.device("meta"):
+            built: nn.Module = kind(**settings)
+        return built if dtype is None else built.to(dtype)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{who}: {name!r} cannot be a {module['type']} ({reason}).") from None
+
+
+def _decoded(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [_decoded(item, nodes) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kind, inner = next(iter(value.items()))
+    if kind == "node":
+        return nodes[inner]
+    if kind == "dict":
+        return {key: _decoded(item, nodes) for key, item in inner}
+    items = tuple(_decoded(item, nodes) for item in inner)
+    return slice(*items) if kind == "slice" else items

@@ -1,0 +1,254 @@
+"""The architecture of a slim network as plain torch source, for people without pyprune.
+
+pyprune writes this source and never runs it. Lines break where ruff's formatter would break them at 88 columns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from pyprune import graph as graphs
+from pyprune.slimfile import MODULE_NAMES, MODULES, REQUIRED, Architecture
+
+_WIDTH = 88
+_INFIX = {
+    "operator.add": "+", "operator.sub": "-", "operator.mul": "*", "operator.truediv": "/",
+    "operator.floordiv": "//", "operator.matmul": "@",
+}  # fmt: skip
+_PLAIN_ARGUMENTS: Mapping[str, Any] = {
+    "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False, "inplace": False,
+}  # fmt: skip
+"""Arguments of F.* at their defaults, which torch.fx writes out and a person would not."""
+
+_SAME_ALONG_DIMENSIONS = frozenset({"kernel_size", "stride", "padding", "dilation", "output_padding"})
+_NAMES = frozenset({
+    "torch", "nn", "F", "operator", "Path", "Any", "load_file", "super", "str", "slice", "getattr", "float", "int",
+    "__file__",
+})  # fmt: skip
+_IMPORTS = frozenset({"operator", "pathlib", "typing", "torch", "torch.nn.functional", "safetensors.torch"})
+
+
+def write_source(who: str, architecture: Architecture) -> str:
+    """Return Python source with a class ``SlimModel`` and a function ``load``; it needs torch and safetensors.
+
+    Raises
+    ------
+    ValueError
+        If the source would hold anything but layers and operations on tensors.
+    """
+    forward = _forward(architecture)
+    body = "\n".join(forward)
+    layers = _layers(architecture)
+    source = "\n".join([*_head(body, _returns(architecture)), *layers, "", *forward, "", "", *_LOAD, ""])
+    graphs.check_source(who, source, _NAMES, _IMPORTS)
+    return source
+
+
+_LOAD = '''
+def load(folder: str | Path = Path(__file__).parent) -> SlimModel:
+    """Return the network in eval mode, with the weights that lie in ``folder``."""
+    with torch.device("meta"):
+        model = SlimModel()
+    weights = load_file(Path(folder) / "model.safetensors")
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+'''.strip().splitlines()
+
+
+def _head(body: str, returns: str) -> list[str]:
+    """Return the docstring, the imports that are used, and the start of the class."""
+    imports = ["import operator"] if "operator." in body else []
+    imports += ["from pathlib import Path"]
+    imports += ["from typing import Any"] if returns == "Any" else []
+    functional = ["import torch.nn.functional as F"] if " F." in body else []
+    return [
+        '"""A slim network, written by pyprune; it needs torch and safetensors."""', "",
+        *imports, "", "import torch", *functional,
+        "from safetensors.torch import load_file", "from torch import nn", "", "",
+        "class SlimModel(nn.Module):", '    """The layers and what happens between them."""', "",
+        "    def __init__(self) -> None:", "        super().__init__()",
+    ]  # fmt: skip
+
+
+def _returns(architecture: Architecture) -> str:
+    output = architecture.nodes[-1]["args"]
+    return "torch.Tensor" if len(output) == 1 and isinstance(output[0], dict) and "node" in output[0] else "Any"
+
+
+def _layers(architecture: Architecture) -> list[str]:
+    """Return the lines that make the layers, containers as nn.ModuleDict."""
+    tree: dict[str, Any] = {}
+    for path, module in architecture.modules.items():
+        *parents, leaf = path.split(".")
+        place = tree
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[leaf] = _constructor(module)
+    lines: list[str] = []
+    for name, layer in tree.items():
+        if name.isdigit():
+            lines += _numbered(name, layer)
+        else:
+            lines += _assigned(f"self.{name} = ", layer, 8, "")
+    return lines
+
+
+_Constructor = tuple[str, list[str]]
+
+
+def _numbered(name: str, layer: Any) -> list[str]:
+    """Return the lines that put a layer under a number, which cannot be an attribute."""
+    if isinstance(layer, tuple):
+        line = f'        self.add_module("{name}", {layer[0]}({", ".join(layer[1])}))'
+        if len(line) <= _WIDTH:
+            return [line]
+    inner = _assigned("", layer, 12, ",")
+    return ["        self.add_module(", f'            "{name}",', *inner, "        )"]
+
+
+def _assigned(prefix: str, layer: Any, indent: int, suffix: str) -> list[str]:
+    """Return ``prefix`` and the layer, or the container and all that it holds, as formatted lines."""
+    space = " " * indent
+    if isinstance(layer, tuple):
+        return _call(f"{space}{prefix}{layer[0]}", layer[1], indent, suffix)
+    lines = [f"{space}{prefix}nn.ModuleDict(", f"{space}    {{"]
+    for name, inner in layer.items():
+        lines += _assigned(f'"{name}": ', inner, indent + 8, ",")
+    return [*lines, f"{space}    }}", f"{space}){suffix}"]
+
+
+def _call(start: str, arguments: list[str], indent: int, suffix: str = "") -> list[str]:
+    """Return a call on one line, or with its arguments on one line or one each, whatever fits."""
+    joined = ", ".join(arguments)
+    line = f"{start}({joined}){suffix}"
+    if len(line) <= _WIDTH or not arguments:
+        return [line]
+    space = " " * (indent + 4)
+    inner = [space + joined] if len(space + joined) <= _WIDTH else [f"{space}{one}," for one in arguments]
+    return [f"{start}(", *inner, f"{' ' * indent}){suffix}"]
+
+
+def _constructor(module: Mapping[str, Any]) -> _Constructor:
+    """Return the type and the arguments of a layer: required ones by position, kernels excepted."""
+    arguments = []
+    for name, _, default in MODULES[MODULE_NAMES[module["type"]]]:
+        if name in module["settings"]:
+            value = module["settings"][name]
+            if name in _SAME_ALONG_DIMENSIONS and isinstance(value, list) and len(set(value)) == 1:
+                value = value[0]
+            text = _literal(tuple(value) if isinstance(value, list) else value)
+            by_position = default is REQUIRED and name != "kernel_size"
+            arguments.append(text if by_position else f"{name}={text}")
+    return f"nn.{module['type']}", arguments
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, str):
+        return json.dumps(value)
+    if isinstance(value, tuple):
+        inner = ", ".join(_literal(item) for item in value)
+        return f"({inner},)" if len(value) == 1 else f"({inner})"
+    return repr(value)
+
+
+def _forward(architecture: Architecture) -> list[str]:
+    """Return the lines of forward; a value that nothing else reads gives its variable to the next."""
+    uses: Counter[str] = Counter()
+    for node in architecture.nodes:
+        uses.update(_reads([*node["args"], *node["kwargs"].values()]))
+    variables: dict[str, str] = {}
+    inputs, lines = ["self"], []
+    for node in architecture.nodes:
+        if node["op"] == "placeholder":
+            default = f" = {_text(node['args'][0], variables)}" if node["args"] else ""
+            kind = ": torch.Tensor" if not default else ": Any"
+            variables[node["name"]] = node["target"]
+            inputs.append(f"{node['target']}{kind}{default}")
+            continue
+        if node["op"] == "output":
+            lines.append(f"        return {_text(node['args'][0], variables)}")
+            continue
+        start, arguments = _expression(node, variables)
+        first = next(iter(_reads(node["args"][:1])), "")
+        variable = variables[first] if first and uses[first] == 1 else node["name"]
+        variables[node["name"]] = variable
+        start = f"        {variable} = {start}"
+        lines += [start] if arguments is None else _call(start, arguments, 8)
+    return [*_signature(inputs, _returns(architecture)), *lines]
+
+
+def _signature(inputs: list[str], returns: str) -> list[str]:
+    line = f"    def forward({', '.join(inputs)}) -> {returns}:"
+    if len(line) <= _WIDTH:
+        return [line]
+    return ["    def forward(", *(f"        {one}," for one in inputs), f"    ) -> {returns}:"]
+
+
+def _reads(values: Any) -> list[str]:
+    """Return the names of the nodes in an encoded argument, each as often as it is read."""
+    if isinstance(values, list):
+        return [name for value in values for name in _reads(value)]
+    if not isinstance(values, dict):
+        return []
+    kind, inner = next(iter(values.items()))
+    if kind == "node":
+        return [inner]
+    return _reads([item for _, item in inner] if kind == "dict" else inner)
+
+
+def _expression(node: Mapping[str, Any], variables: Mapping[str, str]) -> tuple[str, list[str] | None]:
+    """Return what a node computes: a function and its arguments, or a whole expression and ``None``."""
+    target, kwargs = node["target"], node["kwargs"]
+    if target.startswith("F."):
+        kwargs = {key: value for key, value in kwargs.items() if _PLAIN_ARGUMENTS.get(key, value is not None) != value}
+    arguments = [_text(value, variables) for value in node["args"]]
+    named = [f"{key}={_text(value, variables)}" for key, value in kwargs.items()]
+    if node["op"] == "call_module":
+        return _access(target), [*arguments, *named]
+    if node["op"] == "call_method":
+        return f"{arguments[0]}.{target}", [*arguments[1:], *named]
+    if target in _INFIX and len(arguments) == 2 and not named:
+        return f"{arguments[0]} {_INFIX[target]} {arguments[1]}", None
+    if target == "operator.neg":
+        return f"-{arguments[0]}", None
+    if target == "operator.getitem":
+        return f"{arguments[0]}[{_index(node['args'][1], variables)}]", None
+    if target == "getattr":
+        return f"{arguments[0]}.shape", None
+    return target, [*arguments, *named]
+
+
+def _access(path: str) -> str:
+    first, *rest = path.split(".")
+    start = f'getattr(self, "{first}")' if first.isdigit() else f"self.{first}"
+    return start + "".join(f'["{part}"]' for part in rest)
+
+
+def _index(value: Any, variables: Mapping[str, str]) -> str:
+    """Return an index as it stands between brackets."""
+    if isinstance(value, dict) and "tuple" in value and len(value["tuple"]) > 1:
+        return ", ".join(_index(item, variables) for item in value["tuple"])
+    if isinstance(value, dict) and "slice" in value:
+        start, stop, step = ("" if item is None else _text(item, variables) for item in value["slice"])
+        return f"{start}:{stop}" + (f":{step}" if step else "")
+    return _text(value, variables)
+
+
+def _text(value: Any, variables: Mapping[str, str]) -> str:
+    """Return an argument as source."""
+    if isinstance(value, list):
+        return f"[{', '.join(_text(item, variables) for item in value)}]"
+    if not isinstance(value, dict):
+        return _literal(value)
+    kind, inner = next(iter(value.items()))
+    if kind == "node":
+        return variables[inner]
+    if kind == "dict":
+        return "{" + ", ".join(f"{json.dumps(key)}: {_text(item, variables)}" for key, item in inner) + "}"
+    items = [_text(item, variables) for item in inner]
+    if kind == "slice":
+        return f"slice({', '.join(items)})"
+    return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"
