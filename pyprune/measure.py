@@ -108,7 +108,7 @@ def scores(
     with running(model, device) as place, torch.no_grad():
         for position, batch in enumerate(track(loader, who, show=progress)):
             images, labels = as_batch(who, batch, position)
-            outputs = check_outputs(who, model(images.to(place)), len(images)).double().cpu()
+            outputs = check_outputs(who, model(images.to(place)), len(images)).cpu().double()
             check_labels(who, labels, outputs.shape[1])
             wrong = len(outputs) - int(outputs.isfinite().all(dim=1).sum())
             if wrong:
