@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyprune import measure, models
+from pyprune import graph, measure, models
+from pyprune.compaction import compact
 from pyprune.types import Plan, Profile
 from tolerances import LOSS_FLOAT64, MEAN_OF_RATIOS
 
@@ -140,6 +141,24 @@ def test_profile_with_a_plan_is_the_profile_of_the_narrow_network():
     for one, other in zip(planned.layers, real.layers, strict=True):
         assert (one.kept, one.parameters, one.macs) == (other.kept, other.parameters, other.macs)
     assert planned.hrank_v1_macs != real.hrank_v1_macs
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_a_plan_promises_is_what_compaction_delivers(seed):
+    """Random plans on VGG-16: the prediction equals a recount of the slim network, layer by layer."""
+    rng = np.random.default_rng(seed)
+    model, image = models.vgg16_bn(width=0.125), torch.zeros(1, 3, 32, 32)
+    keep = {}
+    for name, layer in graph.convolutions(model).items():
+        count = int(rng.integers(1, layer.out_channels + 1))
+        keep[name] = rng.choice(layer.out_channels, count, replace=False)
+    promised = measure.profile(model, image, plan=Plan(keep), latency=False)
+    slim = compact(model, Plan(keep), image, verify=False, latency=False).model
+    counted = measure.profile(slim, image, latency=False)
+    assert (promised.parameters, promised.macs) == (counted.parameters, counted.macs)
+    assert counted.parameters == sum(p.numel() for p in slim.parameters())
+    assert [(one.kept, one.macs) for one in promised.layers] == [(one.kept, one.macs) for one in counted.layers]
+    assert promised.macs < measure.profile(model, image, latency=False).macs
 
 
 class Mixed(nn.Module):
