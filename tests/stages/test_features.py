@@ -129,13 +129,13 @@ def test_activation_functions_and_methods(function, node):
 
 def test_layers_by_name_are_a_checked_subset():
     assert list(find_taps(Block(), ["conv2", "conv1"])) == ["conv2", "conv1"]
-    with pytest.raises(ValueError, match="no convolution named 'conv3'. Did you mean 'conv2'"):
+    with pytest.raises(ValueError, match=r"no convolution named 'conv3'. Did you mean 'conv2'"):
         find_taps(Block(), ["conv3"])
     with pytest.raises(ValueError, match="twice"):
         find_taps(Block(), ["conv1", "conv1"])
     with pytest.raises(TypeError, match=r"Pass \['conv1'\]"):
         find_taps(Block(), "conv1")
-    with pytest.raises(ValueError, match="'twice' is called 2 times in one forward pass.*Leave it out"):
+    with pytest.raises(ValueError, match=r"'twice' is called 2 times in one forward pass.*Leave it out"):
         find_taps(Odd(), ["twice"])
     with pytest.raises(ValueError, match="'never' is never called"):
         find_taps(Odd(), ["never"])
@@ -158,7 +158,7 @@ def test_taps_by_hand_need_no_graph():
     with pytest.raises(ValueError, match=r"cannot be traced.*name the taps by hand"):
         find_taps(Untraceable())
     assert find_taps(Untraceable(), {"conv1": "bn1"}) == {"conv1": Tap("conv1", "bn1", "named by hand")}
-    with pytest.raises(ValueError, match="module of the model; got 'bn3'. Did you mean 'bn2'"):
+    with pytest.raises(ValueError, match=r"module of the model; got 'bn3'. Did you mean 'bn2'"):
         find_taps(Untraceable(), {"conv1": "bn3"})
     with pytest.raises(ValueError, match="no convolution named 'conv9'"):
         find_taps(Untraceable(), {"conv9": "bn1"})
