@@ -8,3 +8,17 @@ MEAN_OF_RATIOS = 1e-12
 
 TRAINED_FLOAT64 = 1e-11
 """Float64 weights after some twenty steps of size 0.05: sums in another order, 1e-16 each, grown 1e4-fold at most."""
+
+RANK_BAND = 0.25
+"""Of 1 / max(H, W)^2: ranks may differ where some |s / t - 1| is below. A squared singular value has to be right to
+t^2 / (2 n^2) = 2^-47 sigma_max^2, 64 units of float64's rounding, which Gram matrix and factorisation share."""
+
+COMPACTED_FLOAT64 = 1e-10
+"""Slim against masked in float64, over max(1, max |masked|): sums of up to 1e5 terms in another order, 1e-16 each,
+through a dozen layers."""
+
+HAND_ROUNDED = 6e-6
+"""Values worked out by hand are written to five decimals: half a unit of the fifth, and a little."""
+
+SILHOUETTE_ROUNDING = 1e-13
+"""Mean silhouettes of rows scaled to [0, 1] by two formulas: a few dozen float64 operations on numbers below 10."""
