@@ -152,6 +152,13 @@ class _Walk:
         value = self.values.get(_input(node)) if isinstance(_input(node), fx.Node) else None
         return value if isinstance(value, Value) else None
 
+    def only(self, node: fx.Node) -> Value | None:
+        """Return the channels that ``node`` works on; if it reads others too, keep them all."""
+        others = (self.values.get(source) for source in node.all_input_nodes if source is not _input(node))
+        if any(other is not None for other in others):
+            return self.pin_reads(node, f"feeds {node.name} together with other channels")
+        return self.source(node)
+
     def produce(self, node: fx.Node, name: str) -> Value:
         """Return the new channels of layer ``name``: constant 0 where the mask zeroes the filter."""
         slots = np.arange(self.counts[name]) + self.first[name]
@@ -255,7 +262,11 @@ def _title(node: fx.Node, key: Any) -> str:
 
 
 def _input(node: fx.Node) -> Any:
-    return node.args[0] if node.args else node.kwargs.get("input")
+    """Return the tensor that ``node`` works on: its first argument, or in 2 * x the only one that is a node."""
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    if not isinstance(first, fx.Node) and len(node.all_input_nodes) == 1:
+        return node.all_input_nodes[0]
+    return first
 
 
 _Handler = Callable[[_Walk, fx.Node], Value | Reading | None]
@@ -351,7 +362,7 @@ def _activation(walk: _Walk, node: fx.Node) -> Value | None:
 def _activation_function(walk: _Walk, node: fx.Node) -> Value | None:
     value = walk.source(node)
     if value is None or len(node.all_input_nodes) != 1:
-        return walk.pin_reads(node, f"feeds {_title(node, node.target)} with a second tensor")
+        return walk.pin_reads(node, f"feeds {_title(node, node.target)} together with another tensor")
 
     def apply(x: torch.Tensor) -> Any:
         args = fx.map_arg(node.args, lambda _: x)
@@ -392,7 +403,7 @@ def _in_place(walk: _Walk, node: fx.Node) -> bool:
 @_handles("call_function", *ops.DROPOUT_FUNCTIONS, *ops.ADAPTIVE_AVG_POOL_FUNCTIONS, *ops.INTERPOLATE_FUNCTIONS)
 @_handles("call_method", *ops.SAME_METHODS)
 def _same(walk: _Walk, node: fx.Node) -> Value | None:
-    return walk.source(node)
+    return walk.only(node)
 
 
 @_handles("call_module", *ops.MAX_POOLS)
@@ -400,13 +411,13 @@ def _same(walk: _Walk, node: fx.Node) -> Value | None:
 def _max_pool(walk: _Walk, node: fx.Node) -> Value | None:
     if _option(walk, node, "return_indices", 6, False):
         return walk.pin_reads(node, f"feeds {node.name}, which returns indices too")
-    return walk.source(node)  # padding is -inf, so a constant stays what it is
+    return walk.only(node)  # padding is -inf, so a constant stays what it is
 
 
 @_handles("call_module", *ops.AVG_POOLS)
 @_handles("call_function", *ops.AVG_POOL_FUNCTIONS)
 def _avg_pool(walk: _Walk, node: fx.Node) -> Value | None:
-    value = walk.source(node)
+    value = walk.only(node)
     padding = _option(walk, node, "padding", 3, 0)
     padded = any(padding) if isinstance(padding, (list, tuple)) else padding != 0
     uneven = _option(walk, node, "ceil_mode", 4, False) or _option(walk, node, "divisor_override", 6, None)
@@ -430,21 +441,13 @@ def _flatten(walk: _Walk, node: fx.Node) -> Value | None:
     if value is None:
         return walk.pin_reads(node, f"gives a size to {_title(node, node.target)}")
     before, after = walk.shapes[_input(node)], walk.shapes[node]
-    literal = node.op == "call_method" and node.target in ops.RESHAPE_METHODS and len(node.all_input_nodes) == 1
-    whole = len(after) == 2 and after[0] == before[0] and len(before) >= 2
-    if literal and whole and _rows_are_free(node, after):
+    if len(after) == 2 and after[0] == before[0] and len(before) > 1 and ops.states_columns(node, after[1]):
         walk.flattens.add(node.name)
     elif not ops.is_flatten(node, walk.modules):
         key = type(walk.modules[str(node.target)]) if node.op == "call_module" else node.target
         return walk.pin_reads(node, f"is reshaped by {_title(node, key)}")
     run = int(np.prod(before[2:], dtype=np.int64))
     return Value(np.repeat(value.slots, run), np.repeat(value.constants, run))
-
-
-def _rows_are_free(node: fx.Node, after: Any) -> bool:
-    """Say whether a reshape is x.view(-1, columns): one row an image, whatever the batch."""
-    shape = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
-    return list(shape) == [-1, after[1]]
 
 
 @_handles("call_function", *ops.MEAN_FUNCTIONS)
@@ -489,8 +492,8 @@ def _item(walk: _Walk, node: fx.Node) -> Value | None:
 @_handles("call_function", *ops.ADD_FUNCTIONS)
 @_handles("call_method", *ops.ADD_METHODS)
 def _add(walk: _Walk, node: fx.Node) -> Value | Reading | None:
-    """Tie two tensors channel by channel; adding a number maps the constants."""
-    if len(node.all_input_nodes) == 1 and walk.source(node) is not None and _has_number(node):
+    """Tie two tensors channel by channel; adding a number, or a tensor to itself, maps the constants."""
+    if len(node.all_input_nodes) == 1 and walk.source(node) is not None:
         return _activation_function(walk, node)
     sources = node.all_input_nodes
     found = [walk.values.get(source) for source in sources]
@@ -500,7 +503,3 @@ def _add(walk: _Walk, node: fx.Node) -> Value | Reading | None:
         return walk.pin_reads(node, f"reaches {node.name}, an addition whose other side pyprune does not follow")
     walk.joins.append((node.name, values[0].slots, values[1].slots))
     return _written(walk, node, values[0], values[0].constants + values[1].constants)
-
-
-def _has_number(node: fx.Node) -> bool:
-    return len(node.args) == 2 and isinstance(node.args[1], (int, float)) and not node.kwargs

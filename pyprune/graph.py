@@ -51,9 +51,9 @@ def trace(model: nn.Module, who: str = "trace") -> fx.Graph:
     ValueError
         If a name is hostile (see :func:`check_name`), or torch.fx cannot follow ``forward``.
     """
-    for path, _ in [*model.named_modules(), *model.named_parameters(), *model.named_buffers()]:
-        for part in path.split(".") if path else ():
-            check_name(who, part)
+    for module in model.modules():
+        for name in (*module._modules, *module._parameters, *module._buffers):
+            check_name(who, name)
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -251,13 +251,15 @@ class _MaskWalk:
 
     def _step(self, node: fx.Node) -> _Stream | None:
         source = node.args[0] if node.args else node.kwargs.get("input")
+        if not isinstance(source, fx.Node) and len(node.all_input_nodes) == 1:  # as in 2 * x
+            source = node.all_input_nodes[0]
         stream = self.streams.get(source) if isinstance(source, fx.Node) else None
         if node.op == "call_module":
             return self._module(str(node.target), node, stream)
         if node.op not in ("call_function", "call_method"):
             return None
         if node.target in ops.ADD_FUNCTIONS or (node.op == "call_method" and node.target in ops.ADD_METHODS):
-            return self._add(node)
+            return stream if len(node.all_input_nodes) == 1 else self._add(node)
         if node.target in ops.CAT_FUNCTIONS:
             return self._cat(node)
         if stream is None:
@@ -268,6 +270,8 @@ class _MaskWalk:
         if dims is not None:
             keeps = ops.argument(node, 2, "keepdim", False)
             return stream if keeps else replace(stream, ndim=stream.ndim - len(dims))
+        if node.target in ops.SCALAR_FUNCTIONS:
+            return stream if len(node.all_input_nodes) == 1 else None
         same = node.target in ops.ACTIVATION_METHODS | ops.SAME_METHODS
         known = same if node.op == "call_method" else node.target in ops.CHANNELWISE_FUNCTIONS
         return stream if known else None

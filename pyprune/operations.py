@@ -99,12 +99,22 @@ def is_flatten(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         )
     if node.target in FLATTEN_FUNCTIONS or (node.op == "call_method" and node.target == "flatten"):
         return bool(argument(node, 1, "start_dim", 0) == 1 and argument(node, 2, "end_dim", -1) == -1)
-    if node.op == "call_method" and node.target in RESHAPE_METHODS:
-        shape = node.args[1:]
-        if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
-            shape = tuple(shape[0])
-        return len(shape) == 2 and bool(shape[1] == -1) and _is_batch_size(shape[0])
-    return False
+    shape = _new_shape(node)
+    return len(shape) == 2 and bool(shape[1] == -1) and _is_batch_size(shape[0])
+
+
+def states_columns(node: fx.Node, columns: int) -> bool:
+    """Say whether ``node`` is x.view(-1, columns) or x.view(x.size(0), columns), with the number written out."""
+    shape = _new_shape(node)
+    return len(shape) == 2 and bool(shape[1] == columns) and (_is_batch_size(shape[0]) or bool(shape[0] == -1))
+
+
+def _new_shape(node: fx.Node) -> list[Any]:
+    """Return what a view or reshape is given as the shape; nothing for another node."""
+    if node.op != "call_method" or node.target not in RESHAPE_METHODS:
+        return []
+    shape: Any = node.args[1:]
+    return list(shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape)
 
 
 def _is_batch_size(value: Any) -> bool:
