@@ -1,0 +1,63 @@
+"""Print maps per second of every rank variant and of batched torch: medians of interleaved runs.
+
+python benchmarks/rank_table.py [--threads 1] [--rounds 7]
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pyprune import machine
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_bench_rank import rank_with, relu_maps
+
+SIDES = {2: 400_000, 4: 200_000, 8: 100_000, 16: 40_000, 32: 10_000, 64: 1600, 112: 320, 224: 64}
+
+
+def cpu_name():
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def rates(side, count, rivals, rounds):
+    """Median maps per second of each rival; one round runs them all, so that noise hits them alike."""
+    maps = relu_maps(count, side)
+    few = maps[: max(8, count // 40)]
+    want = torch.linalg.matrix_rank(maps.double(), rtol=side * 2.0**-23)
+    seconds = {rival: [] for rival in rivals}
+    for _ in range(rounds):
+        for rival in rivals:
+            given = maps if rival.startswith("cpu") else few
+            began = time.perf_counter()
+            ranks = rank_with(rival, given)
+            seconds[rival].append((time.perf_counter() - began) / len(given))
+            if not torch.equal(ranks.long(), want[: len(given)]):
+                raise SystemExit(f"{rival} disagrees with the float64 SVD at side {side}")
+    return {rival: 1 / statistics.median(times) for rival, times in seconds.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rivals = ("torch_batched", *machine.this_machine().cpu_variants)
+    print(f"{cpu_name()}, {options.threads} thread(s), torch {torch.__version__}, numpy {np.__version__}")
+    print("| side |", " | ".join(rivals), "| fastest / torch |")
+    print("| ---: |", " | ".join("---:" for _ in rivals), "| ---: |")
+    for side, count in SIDES.items():
+        found = rates(side, count, rivals, options.rounds)
+        ratio = found[rivals[-1]] / found["torch_batched"]
+        print(f"| {side} |", " | ".join(f"{found[rival]:,.0f}" for rival in rivals), f"| {ratio:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
