@@ -23,6 +23,7 @@ using Index = std::ptrdiff_t;
 constexpr int kLanes = PYPRUNE_LANES;
 constexpr int kBlock = PYPRUNE_BLOCK;
 constexpr int kPowerSteps = 24;
+constexpr Index kTileItems = 4096;
 
 typedef double Vec __attribute__((vector_size(8 * kLanes)));
 typedef float VecFloat __attribute__((vector_size(4 * kLanes)));
@@ -154,13 +155,22 @@ void pack(const T* const* maps, const MapShape& s, Vec* tile) {
 }
 
 // Squares of float32 neither overflow nor vanish in float64. Float64 maps are scaled by a power of two, lane by lane.
-void scale(Vec* tile, Index count) {
+inline Vec scale_of(const float* const*, const MapShape&) {
+  return broadcast(1);
+}
+
+Vec scale_of(const double* const* maps, const MapShape& s) {
   Vec top = {};
-  for (Index i = 0; i < count; ++i) top = larger(larger(top, tile[i]), -tile[i]);
+  for (Index h = 0; h < s.H; ++h) {
+    for (Index w = 0; w < s.W; ++w) {
+      Vec v;
+      for (int l = 0; l < kLanes; ++l) v[l] = maps[l][h * s.stride_h + w * s.stride_w];
+      top = larger(larger(top, v), -v);
+    }
+  }
   const Mask exponent = reinterpret_cast<Mask>(top) >> 52;
   const Mask opposite = 2046 - exponent;
-  const Vec factor = reinterpret_cast<Vec>((opposite < 1 ? Mask{} + 1 : opposite) << 52);
-  for (Index i = 0; i < count; ++i) tile[i] *= factor;
+  return reinterpret_cast<Vec>((opposite < 1 ? Mask{} + 1 : opposite) << 52);
 }
 
 // Phase 2: the Gram matrix of the short side, its trace and its squared Frobenius norm.
@@ -173,15 +183,21 @@ struct Norms {
   Vec trace, square, top;  // top: largest diagonal entry
 };
 
-// A tile seen with its short side first.
+// A tile seen with its short side first; first: no earlier tile of these maps is in G.
 struct Sides {
   const Vec* tile;
   Index m, n, row, step;
+  bool first;
 };
 
 template <int R, int C>
 inline void gram_block(const Sides& a, Index i, Index j, Vec* G, Norms& norms) {
   Vec sum[R][C] = {};
+  if (!a.first) {
+    for (int r = 0; r < R; ++r) {
+      for (int c = 0; c < C; ++c) sum[r][c] = G[triangle(i + r) + j + c];
+    }
+  }
   const Vec *x = a.tile + i * a.row, *y = a.tile + j * a.row;
   for (Index k = 0; k < a.n; ++k, x += a.step, y += a.step) {
     Vec left[R];
@@ -202,6 +218,11 @@ inline void gram_block(const Sides& a, Index i, Index j, Vec* G, Norms& norms) {
 template <int C>
 inline void gram_corner(const Sides& a, Index j, Vec* G, Norms& norms) {
   Vec sum[C][C] = {};
+  if (!a.first) {
+    for (int r = 0; r < C; ++r) {
+      for (int c = 0; c <= r; ++c) sum[r][c] = G[triangle(j + r) + j + c];
+    }
+  }
   const Vec* x = a.tile + j * a.row;
   for (Index k = 0; k < a.n; ++k, x += a.step) {
     Vec left[C];
@@ -411,19 +432,42 @@ struct Memory {
   }
 };
 
+// Columns of a tile: whole maps up to 64 x 64, and beyond as much as leaves the L2 cache room for G.
+inline Index tile_columns(const MapShape& s) {
+  const Index columns = kTileItems / s.short_side() / kLanes * kLanes;
+  return columns < s.long_side() ? (columns > 2 * kLanes ? columns : 2 * kLanes) : s.long_side();
+}
+
 std::size_t workspace_bytes(const MapShape& s) {
   const Index m = s.short_side();
-  return static_cast<std::size_t>(2 * triangle(m) + (3 + kBlock) * m + s.H * s.W) * sizeof(Vec);
+  return static_cast<std::size_t>(2 * triangle(m) + (3 + kBlock) * m + m * tile_columns(s)) * sizeof(Vec);
+}
+
+template <class T>
+Norms load_gram(const T* const* maps, const MapShape& s, const Memory& memory) {
+  const bool wide = s.H <= s.W;
+  const Index m = s.short_side(), n = s.long_side(), columns = tile_columns(s);
+  const Vec factor = scale_of(maps, s);
+  Norms norms;
+  for (Index k = 0; k < n; k += columns) {
+    const Index part = n - k < columns ? n - k : columns;
+    const MapShape slice = {wide ? m : part, wide ? part : m, s.stride_h, s.stride_w};
+    const T* starts[kLanes];
+    for (int l = 0; l < kLanes; ++l) starts[l] = maps[l] + k * (wide ? s.stride_w : s.stride_h);
+    pack(starts, slice, memory.tile);
+    if (sizeof(T) == 8) {
+      for (Index i = 0; i < m * part; ++i) memory.tile[i] *= factor;
+    }
+    norms = gram({memory.tile, m, part, wide ? part : 1, wide ? 1 : m, k == 0}, memory.G);
+  }
+  return norms;
 }
 
 template <class T>
 void run(const T* const* maps, const MapShape& s, double rtol, bool refine, void* workspace, std::int32_t* ranks) {
   const Index m = s.short_side(), n = s.long_side();
   const Memory memory(workspace, m);
-  pack(maps, s, memory.tile);
-  if (sizeof(T) == 8) scale(memory.tile, s.H * s.W);
-  const bool wide = s.H <= s.W;
-  const Norms norms = gram(Sides{memory.tile, m, n, wide ? s.W : 1, wide ? 1 : s.W}, memory.G);
+  const Norms norms = load_gram(maps, s, memory);
 
   // A threshold off by half the guaranteed band of 1 / (4 n^2) is as good as the exact one.
   const double tight = 1 / (4 * static_cast<double>(n * n));

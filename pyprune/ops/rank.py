@@ -22,9 +22,6 @@ NATIVE_SIDE = 256
 """Largest short side for the native kernels. For a single map LAPACK overtakes them between 256 and 320 (4.5 against
 5.3 ms and 9.1 against 7.5 ms on one AVX-512 thread); batches of eight stay three times faster up to 512."""
 
-NATIVE_ITEMS = 1 << 20
-"""Largest H * W for the native kernels, which keep up to eight maps in float64: 64 MiB a thread."""
-
 NATIVE_RTOL = EPS32
 """Smallest ``rtol`` for the native kernels: the Gram form squares singular values and sees nothing far below."""
 
@@ -37,8 +34,7 @@ def choose_rank(
     """Return the variant for such maps: 'cpu_avx512', 'cpu_avx2', 'cpu_baseline', 'reference' or 'torch_svd'."""
     if device != "cpu":
         return "torch_svd"
-    too_large = min(shape[-2:]) > NATIVE_SIDE or shape[-2] * shape[-1] > NATIVE_ITEMS
-    if not machine.cpu_variants or too_large or (rtol is not None and rtol < NATIVE_RTOL):
+    if not machine.cpu_variants or min(shape[-2:]) > NATIVE_SIDE or (rtol is not None and rtol < NATIVE_RTOL):
         return "reference"
     return machine.cpu_variants[-1]
 

@@ -11,7 +11,7 @@ import pyprune as pp
 from pyprune import machine
 from pyprune.machine import Machine
 from pyprune.ops import _reference
-from pyprune.ops.rank import NATIVE_ITEMS, _run, choose_rank, rank_variants
+from pyprune.ops.rank import _run, choose_rank, rank_variants
 
 HERE = machine.this_machine()
 ALL = rank_variants(HERE)
@@ -30,7 +30,6 @@ AVX2 = Machine(("cpu_baseline", "cpu_avx2"))
         ((64, 32, 32), "cpu", AVX512, 1e-6, "cpu_avx512"),
         ((256, 1000), "cpu", AVX512, None, "cpu_avx512"),
         ((257, 257), "cpu", AVX512, None, "reference"),
-        ((2, NATIVE_ITEMS), "cpu", AVX512, None, "reference"),
         ((64, 32, 32), "cuda", AVX512, None, "torch_svd"),
     ],
 )

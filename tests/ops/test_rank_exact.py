@@ -47,6 +47,14 @@ def test_large_maps(variant):
             assert disagreements(make(family, 5, 9, H, W), variant) == 0, (family, H, W)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_long_maps_are_read_in_several_tiles(variant):
+    for H, W in [(3, 5000), (5000, 3), (40, 333), (333, 41)]:
+        for family in ("relu", "duplicated"):
+            assert disagreements(make(family, 8, 5, H, W), variant) == 0, (family, H, W)
+            assert disagreements(make(family, 8, 5, H, W).astype(np.float64) * 1e200, variant) == 0, (family, H, W)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("family", FAMILIES)
