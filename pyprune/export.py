@@ -47,7 +47,7 @@ def save_slim(slim: Compacted, folder: str | os.PathLike[str]) -> Path:
     if not isinstance(slim, Compacted) or not isinstance(slim.model, fx.GraphModule):
         raise TypeError(f"save_slim: needs what compact returned; got {type(slim).__name__}.")
     architecture = slimfile.describe("save_slim", slim.model)
-    weights = slim.model.state_dict()
+    weights = {name: one.detach().clone() for name, one in slim.model.state_dict().items()}  # no two share memory
     _check_shapes("save_slim", weights, architecture)
     source = slimsource.write_source("save_slim", architecture)
     page = _page(slim)

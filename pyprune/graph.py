@@ -363,7 +363,10 @@ def check_source(who: str, source: str, names: Collection[str], imports: Collect
     ValueError
         If the source holds anything else.
     """
-    nodes = list(ast.walk(ast.parse(source)))
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except (SyntaxError, RecursionError) as error:
+        raise ValueError(f"{who}: generated source is not Python ({error}).") from None
     bound = {node.arg for node in nodes if isinstance(node, ast.arg)}
     bound |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     bound |= {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}

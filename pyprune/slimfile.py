@@ -26,6 +26,7 @@ MAX_MODULES = 10_000
 MAX_DEPTH = 16
 MAX_COUNT = 1 << 20
 MAX_NUMBER = 1 << 31
+_MAX_ITEMS = 4096
 _NESTING = 6
 
 DTYPES = {
@@ -61,6 +62,7 @@ _AVG_POOL_ND: list[_Setting] = [*_AVG_POOL, ("divisor_override", "optional", Non
 _OUTPUT: list[_Setting] = [("output_size", "output", REQUIRED)]
 _P: list[_Setting] = [("p", "number", 0.5), ("inplace", "flag", False)]
 _INPLACE: list[_Setting] = [("inplace", "flag", False)]
+_SCALED: list[_Setting] = [("size", "output", None), ("scale_factor", "scale", None)]
 _LAMBDA: list[_Setting] = [("lambd", "number", 0.5)]
 
 MODULES: dict[type, list[_Setting]] = {
@@ -99,10 +101,8 @@ MODULES: dict[type, list[_Setting]] = {
     nn.AdaptiveAvgPool1d: _OUTPUT, nn.AdaptiveAvgPool2d: _OUTPUT, nn.AdaptiveAvgPool3d: _OUTPUT,
     nn.AdaptiveMaxPool1d: _OUTPUT, nn.AdaptiveMaxPool2d: _OUTPUT, nn.AdaptiveMaxPool3d: _OUTPUT,
     nn.Flatten: [("start_dim", "whole", 1), ("end_dim", "whole", -1)],
-    nn.Upsample: [
-        ("size", "output", None), ("scale_factor", "scale", None), ("mode", "choice", "nearest"),
-        ("align_corners", "flag or none", None),
-    ],
+    nn.Upsample: [*_SCALED, ("mode", "choice", "nearest"), ("align_corners", "flag or none", None)],
+    nn.UpsamplingNearest2d: _SCALED, nn.UpsamplingBilinear2d: _SCALED,
     nn.ZeroPad2d: [("padding", "sizes", REQUIRED)], nn.ReflectionPad2d: [("padding", "sizes", REQUIRED)],
     nn.ReplicationPad2d: [("padding", "sizes", REQUIRED)],
     nn.PixelShuffle: [("upscale_factor", "count", REQUIRED)],
@@ -135,10 +135,6 @@ METHODS = (
         "mul", "mul_", "sub", "div", "matmul", "softmax", "log_softmax", "detach", "amax",
     })
 )  # fmt: skip
-_INFIX = {
-    "operator.add": "+", "operator.sub": "-", "operator.mul": "*", "operator.truediv": "/",
-    "operator.floordiv": "//", "operator.matmul": "@",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,6 +257,10 @@ def check(who: str, content: Mapping[str, Any]) -> Architecture:
     seen: set[str] = set()
     for i, node in enumerate(nodes):
         _check_node(who, node, seen, modules, last=i == len(nodes) - 1)
+    inputs = [node["target"] for node in nodes if node["op"] == "placeholder"]
+    others = seen - {node["name"] for node in nodes if node["op"] == "placeholder"}
+    if len(set(inputs)) != len(inputs) or others & set(inputs) or _RESERVED & set(inputs):
+        raise ValueError(f"{who}: the names of the inputs must be their own; got {inputs[:8]}.")
     return Architecture(content)
 
 
@@ -268,9 +268,9 @@ def _check_path(who: str, path: str, modules: Mapping[str, Any]) -> None:
     parts = path.split(".")
     if len(parts) > MAX_DEPTH:
         raise ValueError(f"{who}: the module name {path[:140]!r} is nested too deep.")
-    for part in parts:
+    for i, part in enumerate(parts):
         graphs.check_name(who, part)
-        if hasattr(nn.ModuleDict, part) or part == "training":
+        if hasattr(nn.ModuleDict if i else fx.GraphModule, part) or part == "training":
             raise ValueError(f"{who}: the module name {path!r} hides what every module has. Rename it.")
     for i in range(1, len(parts)):
         if ".".join(parts[:i]) in modules:
@@ -357,15 +357,31 @@ def _check_node(who: str, node: Any, seen: set[str], modules: Mapping[str, Any],
         graphs.check_name(who, target)
     if not isinstance(node["args"], list) or not isinstance(node["kwargs"], dict):
         raise ValueError(f"{who}: the arguments of {name!r} are malformed.")
+    if not _fits(op, target, node["args"], node["kwargs"]):
+        raise ValueError(f"{who}: the node {name!r} has arguments that {op} {target!r} cannot take.")
     for key in node["kwargs"]:
         graphs.check_name(who, key)
     for value in [*node["args"], *node["kwargs"].values()]:
         _check_value(who, name, value, seen, op == "output", 0)
-    if target == "getattr" and op == "call_function" and node["args"][1:] != ["shape"]:
-        raise ValueError(f"{who}: the node {name!r} may read no attribute but shape.")
     seen.add(name)
 
 
+def _fits(op: str, target: str, args: list[Any], kwargs: dict[str, Any]) -> bool:
+    """Say whether an operation can have that many arguments, and its own tensor where it needs one."""
+    if op in ("placeholder", "output"):
+        return not kwargs and (len(args) == 1 if op == "output" else len(args) <= 1)
+    if len(args) > 64 or len(kwargs) > 64:
+        return False
+    if op == "call_method" or target == "getattr":
+        own = bool(args) and isinstance(args[0], dict) and set(args[0]) == {"node"}
+        return own and (op == "call_method" or (args[1:] == ["shape"] and not kwargs))
+    return target not in _INFIX or (len(args) == 2 and not kwargs)
+
+
+_INFIX = frozenset({
+    "operator.add", "operator.sub", "operator.mul", "operator.truediv", "operator.floordiv", "operator.matmul",
+    "operator.iadd", "operator.imul", "operator.getitem",
+})  # fmt: skip
 _RESERVED = frozenset({"self", "torch", "F", "nn", "operator", "getattr", "slice", "Path", "load_file", "device"})
 
 
@@ -391,6 +407,8 @@ def _check_value(who: str, name: str, value: Any, seen: set[str], names: bool, d
             raise ValueError(f"{who}: {name!r} has a malformed argument, or one that is not computed before it.")
     elif not (value is None or type(value) is bool or _is_number(value) or _is_choice(value)):
         raise ValueError(f"{who}: {name!r} has the argument {str(value)[:80]!r}, which is no possible value.")
+    if len(items) > _MAX_ITEMS:
+        raise ValueError(f"{who}: {name!r} has an argument of more than {_MAX_ITEMS} items.")
     for item in items:
         _check_value(who, name, item, seen, names, depth + 1)
 
@@ -406,6 +424,16 @@ def build(who: str, architecture: Architecture) -> fx.GraphModule:
     parts: dict[str, Any] = {}
     for name, module in architecture.modules.items():
         parts[name] = _built(who, name, module)
+    try:
+        graph = _graph(architecture)
+        code = graph.python_code("self")
+    except Exception as error:
+        raise ValueError(f"{who}: the operations do not make a graph ({error}).") from None
+    graphs.check_source(who, code.src, {*code.globals, "getattr", "slice"})
+    return fx.GraphModule(parts, graph, "SlimModel")
+
+
+def _graph(architecture: Architecture) -> fx.Graph:
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     for node in architecture.nodes:
@@ -415,9 +443,7 @@ def build(who: str, architecture: Architecture) -> fx.GraphModule:
         args = tuple(_decoded(value, nodes) for value in node["args"])
         kwargs = {key: _decoded(value, nodes) for key, value in node["kwargs"].items()}
         nodes[node["name"]] = graph.create_node(node["op"], target, args, kwargs, name=node["name"])
-    code = graph.python_code("self")
-    graphs.check_source(who, code.src, {*code.globals, "getattr", "slice"})
-    return fx.GraphModule(parts, graph, "SlimModel")
+    return graph
 
 
 def _built(who: str, name: str, module: Mapping[str, Any]) -> nn.Module:
