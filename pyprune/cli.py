@@ -34,23 +34,26 @@ Device = Annotated[str | None, typer.Option(help="Device to compute on, such as 
 
 def main() -> None:
     """Run the command line; bad input ends with one line on standard error and exit status 2."""
+    interrupted = 130
     try:
         status = app(standalone_mode=False)
     except (ValueError, TypeError, OSError) as error:
         status = _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        status = _fail("interrupted; nothing half-written was left behind.", 130)
+        status = interrupted
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's own errors have it, wherever click lives
             raise
         status = _fail(error.format_message())
+    if status == interrupted:
+        _fail("interrupted; nothing half-written was left behind.")
     raise SystemExit(status)
 
 
-def _fail(message: str, status: int = 2) -> int:
+def _fail(message: str) -> int:
     line = " ".join(message.split())
     print(line if line.startswith("pyprune") else f"pyprune: {line}", file=sys.stderr)  # noqa: T201
-    return status
+    return 2
 
 
 @app.command()

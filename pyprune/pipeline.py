@@ -134,7 +134,8 @@ def prune(
 def _example(train: Iterable[Any]) -> torch.Tensor:
     """Return one image as a batch, [1, C, H, W]."""
     for images, _ in train:
-        return images[:1]
+        first: torch.Tensor = images[:1]
+        return first
     raise ValueError("prune: the training loader is empty; it must yield (images, labels).")
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 INK, GREY, LIGHT, ACCENT = "#1f2933", "#8a94a0", "#d5dbe1", "#0b6e99"
 CLUSTERS = ("#0b6e99", "#d1495b", "#edae49", "#3a7d44", "#7b4ea3", "#00a6a6", "#b5651d", "#5d5d81")
-STYLE = {
+STYLE: Any = {
     "svg.hashsalt": "pyprune", "font.size": 9, "text.color": INK, "axes.edgecolor": GREY, "axes.labelcolor": INK,
     "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
 }  # fmt: skip
@@ -120,9 +120,11 @@ def regions_figure(why: LayerWhy) -> Figure:
     axes.axvspan(x_mean, 1.06, ymin=0, ymax=(y_mean + 0.06) / 1.12, color=ACCENT, alpha=0.08, lw=0)
     axes.axvline(x_mean, color=GREY, lw=0.8, ls="--")
     axes.axhline(y_mean, color=GREY, lw=0.8, ls="--")
-    surviving = sorted({one.cluster for one in why if one.medoid and one.region == Region.HIGH_AVG_LOW_STD})
+    surviving = sorted({one.cluster or 0 for one in why if one.medoid and one.region == Region.HIGH_AVG_LOW_STD})
     colour = {cluster: CLUSTERS[i % len(CLUSTERS)] for i, cluster in enumerate(surviving)}
     for one in why:
+        if one.cluster is None or one.avg is None or one.std is None:
+            continue
         shade = colour.get(one.cluster, GREY)
         axes.plot(
             one.avg, one.std, "*" if one.medoid else "o", color=shade, markersize=9 if one.medoid else 4.5,
@@ -162,8 +164,8 @@ def history_figure(history: History) -> Figure:
     epochs = [epoch.epoch for epoch in history.epochs]
     axes.plot(epochs, [epoch.train_loss for epoch in history.epochs], "-o", ms=3, color=ACCENT, label="training loss")
     axes.set(xlabel="epoch", ylabel="training loss")
-    top1 = [epoch.val_top1 for epoch in history.epochs]
-    if all(value is not None for value in top1):
+    top1 = [epoch.val_top1 for epoch in history.epochs if epoch.val_top1 is not None]
+    if len(top1) == len(epochs):
         right = axes.twinx()
         right.plot(epochs, top1, "-s", ms=3, color=CLUSTERS[1], label="validation top-1")
         right.set_ylabel("validation top-1")
