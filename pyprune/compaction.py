@@ -130,6 +130,7 @@ class _Decision:
     dead: Mapping[str, IntArray]
     plan: Plan
     kept: Mapping[str, Mapping[int, str]]
+    dropouts: frozenset[str]  # the nodes of functional dropout that follow the training flag
 
 
 @contextmanager
@@ -166,7 +167,25 @@ def _decide(who: str, model: nn.Module, plan: Plan, inputs: tuple[torch.Tensor, 
         keep = {**wanted.keep, **{name: np.union1d(wanted.keep[name], sorted(more)) for name, more in back.items()}}
         wanted = Plan(keep)
     kept = _kept(model, plan, wanted, channels, stays, f"makes the number of filters a multiple of {round_to}")
-    return _Decision(graph, channels, dead, wanted, kept)
+    return _Decision(graph, channels, dead, wanted, kept, _training_dropouts(model, graph))
+
+
+def _training_dropouts(model: nn.Module, graph: fx.Graph) -> frozenset[str]:
+    """Return the nodes like F.dropout(x, p, self.training), of which a trace in eval mode keeps only the False."""
+    try:
+        twin = graphs.trace(model, training=True)
+    except ValueError:
+        return frozenset()
+    return frozenset(
+        node.name
+        for node, other in zip(graph.nodes, twin.nodes, strict=False)
+        if node.target in ops.DROPOUT_MODULES and node.name == other.name and node.target == other.target
+        and (_drops(node), _drops(other)) == (False, True)
+    )  # fmt: skip
+
+
+def _drops(node: fx.Node) -> Any:
+    return ops.argument(node, 2, "training", True)
 
 
 def _shapes(who: str, model: nn.Module, graph: fx.Graph, inputs: tuple[torch.Tensor, ...]) -> dict[fx.Node, torch.Size]:
@@ -252,6 +271,7 @@ def _rebuild(masked: nn.Module, decision: _Decision) -> fx.GraphModule:
     for node in graph.nodes:
         if node.op == "get_attr":
             parts[str(node.target)] = _attribute(masked, parts, str(node.target), memo)
+    _name_dropouts(graph, parts, decision.dropouts)
     title = type(masked).__name__
     return _module(graph, parts, title if title.startswith("Slim") else f"Slim{title}", masked)
 
@@ -268,6 +288,17 @@ def _copied(decision: _Decision) -> fx.Graph:
     return graph
 
 
+def _name_dropouts(graph: fx.Graph, parts: dict[str, Any], follow: frozenset[str]) -> None:
+    """Make modules of the functional dropouts in ``follow``, so that they know the training flag."""
+    for node in graph.nodes:
+        if node.name in follow and node.op == "call_function":
+            name = node.name
+            while name in {path.partition(".")[0] for path in parts}:
+                name += "_"
+            parts[name] = ops.DROPOUT_MODULES[node.target](ops.argument(node, 1, "p", 0.5))
+            node.op, node.target, node.args, node.kwargs = "call_module", name, (node.all_input_nodes[0],), {}
+
+
 def _attribute(masked: nn.Module, parts: Mapping[str, Any], target: str, memo: dict[int, Any]) -> Any:
     """Return the copy of a tensor that the model reads directly; a layer that also runs owns the same one."""
     owner, _, leaf = target.rpartition(".")
@@ -281,8 +312,9 @@ def _module(graph: fx.Graph, parts: dict[str, Any], title: str, like: nn.Module)
     code = graph.python_code("self")
     graphs.check_source("compact", code.src, {*code.globals, "getattr", "slice"})
     slim = fx.GraphModule(parts, graph, title)
+    known = dict(like.named_modules())
     for name, module in slim.named_modules():
-        module.training = like.get_submodule(name).training
+        module.training = known.get(name, like).training
     for parameter in slim.parameters():
         parameter.grad = None
     return slim

@@ -41,8 +41,8 @@ def check_name(who: str, name: str) -> None:
         )
 
 
-def trace(model: nn.Module, who: str = "trace") -> fx.Graph:
-    """Trace ``model`` in eval mode with torch.fx and return its graph; training flags are put back.
+def trace(model: nn.Module, who: str = "trace", *, training: bool = False) -> fx.Graph:
+    """Trace ``model`` in eval (or training) mode with torch.fx and return its graph; training flags are put back.
 
     torch's own modules are leaves. No code is generated or executed.
 
@@ -55,7 +55,7 @@ def trace(model: nn.Module, who: str = "trace") -> fx.Graph:
         for name in (*module._modules, *module._parameters, *module._buffers):
             check_name(who, name)
     flags = {module: module.training for module in model.modules()}
-    model.eval()
+    model.train(training)
     try:
         return fx.Tracer().trace(model)
     except Exception as error:

@@ -51,6 +51,10 @@ DROPOUT_FUNCTIONS: dict[Any, str] = {
     F.dropout: "F.dropout", F.dropout1d: "F.dropout1d", F.dropout2d: "F.dropout2d", F.dropout3d: "F.dropout3d",
     F.alpha_dropout: "F.alpha_dropout", F.feature_alpha_dropout: "F.feature_alpha_dropout",
 }  # fmt: skip
+DROPOUT_MODULES: dict[Any, type[nn.Module]] = {
+    F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d,
+    F.alpha_dropout: nn.AlphaDropout, F.feature_alpha_dropout: nn.FeatureAlphaDropout,
+}  # fmt: skip
 SAME_METHODS = frozenset({"contiguous", "clone"})
 MAX_POOL_FUNCTIONS: dict[Any, str] = {
     F.max_pool1d: "F.max_pool1d", F.max_pool2d: "F.max_pool2d", F.max_pool3d: "F.max_pool3d",

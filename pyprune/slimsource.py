@@ -20,6 +20,7 @@ _INFIX = {
 }  # fmt: skip
 _PLAIN_ARGUMENTS: Mapping[str, Any] = {
     "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False, "inplace": False,
+    "scale_factor": None, "align_corners": None, "recompute_scale_factor": None, "antialias": False,
 }  # fmt: skip
 """Arguments of F.* at their defaults, which torch.fx writes out and a person would not."""
 
@@ -203,7 +204,7 @@ def _expression(node: Mapping[str, Any], variables: Mapping[str, str]) -> tuple[
     """Return what a node computes: a function and its arguments, or a whole expression and ``None``."""
     target, kwargs = node["target"], node["kwargs"]
     if target.startswith("F."):
-        kwargs = {key: value for key, value in kwargs.items() if _PLAIN_ARGUMENTS.get(key, value is not None) != value}
+        kwargs = {key: v for key, v in kwargs.items() if key not in _PLAIN_ARGUMENTS or v != _PLAIN_ARGUMENTS[key]}
     arguments = [_text(value, variables) for value in node["args"]]
     named = [f"{key}={_text(value, variables)}" for key, value in kwargs.items()]
     if node["op"] == "call_module":

@@ -460,6 +460,17 @@ def test_the_slim_network_trains_copies_and_compiles():
     assert torch.equal(copy.deepcopy(slim)(x), slim(x))
 
 
+def test_functional_dropout_follows_the_training_flag():
+    model = Functional(lambda x: x.flatten(1)).train()
+    slim = compact(model, half(model), torch.randn(2, 2, 12, 12)).model
+    assert isinstance(slim.dropout, nn.Dropout)
+    assert slim.dropout.training
+    x = torch.randn(2, 2, 12, 12)
+    assert not torch.equal(slim(x), slim(x))
+    slim.eval()
+    assert torch.equal(slim(x), slim(x))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_slim_network_compiles_in_one_graph():

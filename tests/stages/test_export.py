@@ -121,7 +121,9 @@ def test_the_source_is_formatted_linted_and_typed(tmp_path):
     assert 'padding_mode="reflect"' in source
     assert "kernel_size=(3, 1)" in source
     assert "x = self.features[" in source
-    assert ' = F.gelu(add, approximate="tanh")' in source
+    assert ' = F.gelu(block_a_0, approximate="tanh")' in source
+    assert ', size=(4, getattr_1), mode="nearest")' in source
+    assert "self.dropout = nn.Dropout()" in source
     assert ".shape" in source
     assert "def forward(self, x: torch.Tensor) -> Any:" in source
 
