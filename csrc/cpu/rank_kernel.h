@@ -15,6 +15,13 @@
 #define PYPRUNE_BLOCK 3  // 3 x 3 accumulators and 6 operands fill the 16 registers before AVX-512
 #endif
 
+// Loops over lanes and over the rows and columns of a block must vanish: otherwise the accumulators live in memory.
+#ifdef __clang__
+#define PYPRUNE_UNROLL _Pragma("unroll")
+#else
+#define PYPRUNE_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace pyprune {
 namespace {
 
@@ -46,12 +53,14 @@ inline Vec widen(VecFloat a) {
 }
 
 inline Vec root(Vec a) {
+  PYPRUNE_UNROLL
   for (int l = 0; l < kLanes; ++l) a[l] = __builtin_sqrt(a[l]);
   return a;
 }
 
 inline bool any(Mask mask) {
   std::int64_t bits = 0;
+  PYPRUNE_UNROLL
   for (int l = 0; l < kLanes; ++l) bits |= mask[l];
   return bits != 0;
 }
@@ -95,6 +104,7 @@ inline Lanes<T> interleave(Lanes<T> a, Lanes<T> b) {
 #endif
 #ifdef __clang__
   Lanes<T> both;
+  PYPRUNE_UNROLL
   for (int l = 0; l < kLanes; ++l) both[l] = pick[l] < n ? a[pick[l]] : b[pick[l] - n];
   return both;
 #else
@@ -120,12 +130,15 @@ void pack_run(const T* const* maps, Index offset, Index count, Vec* tile) {
   Index k = 0;
   for (; k + kLanes <= count; k += kLanes) {
     Lanes<T> v[kLanes];
+    PYPRUNE_UNROLL
     for (int l = 0; l < kLanes; ++l) v[l] = load(maps[l] + offset + k);
     transpose<T>(v);
+    PYPRUNE_UNROLL
     for (int l = 0; l < kLanes; ++l) tile[k + l] = widen(v[l]);
   }
   for (; k < count; ++k) {
     Lanes<T> v;
+    PYPRUNE_UNROLL
     for (int l = 0; l < kLanes; ++l) v[l] = maps[l][offset + k];
     tile[k] = widen(v);
   }
@@ -134,6 +147,7 @@ void pack_run(const T* const* maps, Index offset, Index count, Vec* tile) {
 template <class T>
 void pack(const T* const* maps, const MapShape& s, Vec* tile) {
   bool adjacent = true;  // channels last: the lanes lie side by side already
+  PYPRUNE_UNROLL
   for (int l = 1; l < kLanes; ++l) adjacent &= maps[l] == maps[0] + l;
   if (adjacent) {
     for (Index h = 0; h < s.H; ++h) {
@@ -147,6 +161,7 @@ void pack(const T* const* maps, const MapShape& s, Vec* tile) {
     for (Index h = 0; h < s.H; ++h) {
       for (Index w = 0; w < s.W; ++w) {
         Lanes<T> v;
+        PYPRUNE_UNROLL
         for (int l = 0; l < kLanes; ++l) v[l] = maps[l][h * s.stride_h + w * s.stride_w];
         tile[h * s.W + w] = widen(v);
       }
@@ -164,6 +179,7 @@ Vec scale_of(const double* const* maps, const MapShape& s) {
   for (Index h = 0; h < s.H; ++h) {
     for (Index w = 0; w < s.W; ++w) {
       Vec v;
+      PYPRUNE_UNROLL
       for (int l = 0; l < kLanes; ++l) v[l] = maps[l][h * s.stride_h + w * s.stride_w];
       top = larger(larger(top, v), -v);
     }
@@ -192,24 +208,30 @@ struct Sides {
 
 template <int R, int C>
 inline void gram_block(const Sides& a, Index i, Index j, Vec* G, Norms& norms) {
-  Vec sum[R][C] = {};
-  if (!a.first) {
-    for (int r = 0; r < R; ++r) {
-      for (int c = 0; c < C; ++c) sum[r][c] = G[triangle(i + r) + j + c];
-    }
+  Vec sum[R][C];
+  PYPRUNE_UNROLL
+  for (int r = 0; r < R; ++r) {
+    PYPRUNE_UNROLL
+    for (int c = 0; c < C; ++c) sum[r][c] = a.first ? Vec{} : G[triangle(i + r) + j + c];
   }
   const Vec *x = a.tile + i * a.row, *y = a.tile + j * a.row;
   for (Index k = 0; k < a.n; ++k, x += a.step, y += a.step) {
     Vec left[R];
+    PYPRUNE_UNROLL
     for (int r = 0; r < R; ++r) left[r] = x[r * a.row];
+    PYPRUNE_UNROLL
     for (int c = 0; c < C; ++c) {
       const Vec right = y[c * a.row];
+      PYPRUNE_UNROLL
       for (int r = 0; r < R; ++r) sum[r][c] += left[r] * right;
     }
   }
+  PYPRUNE_UNROLL
   for (int r = 0; r < R; ++r) {
     Vec square = sum[r][0] * sum[r][0];  // one short chain a row
+    PYPRUNE_UNROLL
     for (int c = 1; c < C; ++c) square += sum[r][c] * sum[r][c];
+    PYPRUNE_UNROLL
     for (int c = 0; c < C; ++c) G[triangle(i + r) + j + c] = sum[r][c];
     norms.square += square + square;
   }
@@ -217,26 +239,32 @@ inline void gram_block(const Sides& a, Index i, Index j, Vec* G, Norms& norms) {
 
 template <int C>
 inline void gram_corner(const Sides& a, Index j, Vec* G, Norms& norms) {
-  Vec sum[C][C] = {};
-  if (!a.first) {
-    for (int r = 0; r < C; ++r) {
-      for (int c = 0; c <= r; ++c) sum[r][c] = G[triangle(j + r) + j + c];
-    }
+  Vec sum[C][C];
+  PYPRUNE_UNROLL
+  for (int r = 0; r < C; ++r) {
+    PYPRUNE_UNROLL
+    for (int c = 0; c <= r; ++c) sum[r][c] = a.first ? Vec{} : G[triangle(j + r) + j + c];
   }
   const Vec* x = a.tile + j * a.row;
   for (Index k = 0; k < a.n; ++k, x += a.step) {
     Vec left[C];
+    PYPRUNE_UNROLL
     for (int r = 0; r < C; ++r) left[r] = x[r * a.row];
+    PYPRUNE_UNROLL
     for (int r = 0; r < C; ++r) {
+      PYPRUNE_UNROLL
       for (int c = 0; c <= r; ++c) sum[r][c] += left[r] * left[c];
     }
   }
+  PYPRUNE_UNROLL
   for (int r = 0; r < C; ++r) {
     Vec square = {};
+    PYPRUNE_UNROLL
     for (int c = 0; c < r; ++c) square += sum[r][c] * sum[r][c];
     norms.square += square + square + sum[r][r] * sum[r][r];
     norms.trace += sum[r][r];
     norms.top = larger(norms.top, sum[r][r]);
+    PYPRUNE_UNROLL
     for (int c = 0; c <= r; ++c) G[triangle(j + r) + j + c] = sum[r][c];
   }
 }
@@ -285,19 +313,26 @@ inline void factor_rows(const Factor& f, Index i, Index j, const Vec (&corner)[C
                         Vec (&squares)[C]) {
   Vec u[R][C];
   const Vec* rows[R];
+  PYPRUNE_UNROLL
   for (int r = 0; r < R; ++r) {
     rows[r] = f.L + triangle(i + r);
+    PYPRUNE_UNROLL
     for (int c = 0; c < C; ++c) u[r][c] = f.G[triangle(i + r) + j + c];
   }
   for (Index k = 0; k < j; ++k) {
+    PYPRUNE_UNROLL
     for (int r = 0; r < R; ++r) {
       const Vec l = rows[r][k];
+      PYPRUNE_UNROLL
       for (int c = 0; c < C; ++c) u[r][c] -= l * f.U[k * kBlock + c];
     }
   }
+  PYPRUNE_UNROLL
   for (int c = 0; c < C; ++c) {
+    PYPRUNE_UNROLL
     for (int r = 0; r < R; ++r) {
       const Vec l = u[r][c] * inverse[c];
+      PYPRUNE_UNROLL
       for (int q = c + 1; q < C; ++q) u[r][q] -= u[r][c] * corner[q][c];
       f.L[triangle(i + r) + j + c] = l;
       squares[c] += l * l;
@@ -309,24 +344,32 @@ template <int C>
 inline void factor_column(const Factor& f, Index j, Count& count) {
   Vec u[C][C], corner[C][C], inverse[C], squares[C], pivot[C];
   const Vec* rows[C];
+  PYPRUNE_UNROLL
   for (int r = 0; r < C; ++r) {
     rows[r] = f.L + triangle(j + r);
+    PYPRUNE_UNROLL
     for (int c = 0; c <= r; ++c) u[r][c] = f.G[triangle(j + r) + j + c];
     u[r][r] -= f.shift;
   }
   for (Index k = 0; k < j; ++k) {
     Vec scaled[C];
+    PYPRUNE_UNROLL
     for (int c = 0; c < C; ++c) f.U[k * kBlock + c] = scaled[c] = rows[c][k] * f.D[k];
+    PYPRUNE_UNROLL
     for (int r = 0; r < C; ++r) {
+      PYPRUNE_UNROLL
       for (int c = 0; c <= r; ++c) u[r][c] -= rows[r][k] * scaled[c];
     }
   }
+  PYPRUNE_UNROLL
   for (int c = 0; c < C; ++c) {
     pivot[c] = f.D[j + c] = u[c][c];
     inverse[c] = 1 / pivot[c];
     squares[c] = broadcast(1);
+    PYPRUNE_UNROLL
     for (int r = c + 1; r < C; ++r) {
       corner[r][c] = u[r][c] * inverse[c];
+      PYPRUNE_UNROLL
       for (int q = c + 1; q <= r; ++q) u[r][q] -= corner[r][c] * u[q][c];
       f.L[triangle(j + r) + j + c] = corner[r][c];
       squares[c] += corner[r][c] * corner[r][c];
@@ -339,6 +382,7 @@ inline void factor_column(const Factor& f, Index j, Count& count) {
   }
   if (f.m - i == 2) factor_rows<2, C>(f, i, j, corner, inverse, squares);
   if (f.m - i == 1) factor_rows<1, C>(f, i, j, corner, inverse, squares);
+  PYPRUNE_UNROLL
   for (int c = 0; c < C; ++c) {
     const Mask positive = pivot[c] > 0;
     count.positive += positive ? broadcast(1) : Vec{};
@@ -453,6 +497,7 @@ Norms load_gram(const T* const* maps, const MapShape& s, const Memory& memory) {
     const Index part = n - k < columns ? n - k : columns;
     const MapShape slice = {wide ? m : part, wide ? part : m, s.stride_h, s.stride_w};
     const T* starts[kLanes];
+    PYPRUNE_UNROLL
     for (int l = 0; l < kLanes; ++l) starts[l] = maps[l] + k * (wide ? s.stride_w : s.stride_h);
     pack(starts, slice, memory.tile);
     if (sizeof(T) == 8) {
@@ -486,6 +531,7 @@ void run(const T* const* maps, const MapShape& s, double rtol, bool refine, void
     decided |= (above.positive == below.positive) & (above.growth <= norms.trace) & (below.growth <= norms.trace);
   }
   const Mask finite = norms.trace < __builtin_inf();
+  PYPRUNE_UNROLL
   for (int l = 0; l < kLanes; ++l) {
     const std::int32_t rank = norms.trace[l] == 0 ? 0 : static_cast<std::int32_t>(above.positive[l]);
     ranks[l] = !finite[l] ? kRankNotFinite : decided[l] ? rank : kRankUndecided;
