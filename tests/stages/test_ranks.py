@@ -126,18 +126,35 @@ def test_everything_is_put_back_after_an_error(model, data):
     assert vars(model)["forward"] is own
 
 
-def test_no_map_outlives_its_batch(model, data):
-    accumulator = RankAccumulator(model, num_classes=3)
+class Watched(nn.Module):
+    """Two taps that are modules, and a convolution whose output nothing consumes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.relu1 = nn.Conv2d(1, 4, 3), nn.ReLU()
+        self.conv2, self.relu2 = nn.Conv2d(4, 5, 3), nn.ReLU()
+        self.aside = nn.Conv2d(1, 3, 1)
+
+    def forward(self, x):
+        self.aside(x)
+        return self.relu2(self.conv2(self.relu1(self.conv1(x)))).mean((2, 3))
+
+
+@pytest.mark.parametrize("layers", [None, {"conv1": "relu1", "conv2": "relu2", "aside": "aside"}])
+def test_no_map_outlives_its_batch(data, layers):
+    model = Watched()
     maps = []
-    model.bn2.register_forward_hook(lambda module, inputs, output: maps.append(weakref.ref(output)))
-    model.conv1.register_forward_hook(lambda module, inputs, output: maps.append(weakref.ref(output)))
+    for module in (model.relu1, model.relu2, model.aside, model.conv1):
+        module.register_forward_hook(lambda module, inputs, output: maps.append(weakref.ref(output)))
+    accumulator = RankAccumulator(model, layers, num_classes=3)
+    assert len(accumulator.taps) == 3
     with accumulator:
         model(data.tensors[0][:6])
         gc.collect()
-        assert len(maps) == 2
+        assert len(maps) == 4
         assert not any(ref() is not None for ref in maps)
         held = list(accumulator._pending.values())
-        assert {(tuple(r.shape), r.dtype) for r in held} == {((6, 4), torch.int32), ((6, 5), torch.int32)}
+        assert {(tuple(r.shape), r.dtype) for r in held} == {((6, filters), torch.int32) for filters in (3, 4, 5)}
         accumulator.update(data.tensors[1][:6])
         assert not accumulator._pending
 
@@ -469,6 +486,25 @@ def test_a_killed_run_continues_with_the_same_bits(model, data, tmp_path, monkey
     assert same(found, expected)
     assert found.info == expected.info
     assert found.counts.tolist() == [10, 10, 10]
+
+
+@pytest.mark.parametrize("kind", ["drawn", "streamed"])
+def test_a_run_killed_after_its_last_micro_batch_only_reads_the_file(model, data, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(ranks, "CHECKPOINT_SECONDS", 0.0)
+    given = {"images_per_class": 10, "checkpoint": tmp_path / "ranking.safetensors"}
+    loader = DataLoader(data, batch_size=4) if kind == "drawn" else stream(data, 4)
+
+    def killed(self, info):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RankAccumulator, "ranks", killed)
+        with pytest.raises(KeyboardInterrupt):
+            rank_filters(model, loader, **given)
+    handle = model.conv1.register_forward_pre_hook(lambda *_: pytest.fail("nothing is left to compute"))
+    found = rank_filters(model, loader, **given)
+    handle.remove()
+    assert same(found, rank_filters(model, loader, images_per_class=10))
 
 
 def interrupt(model, data, path, monkeypatch, **options):

@@ -202,6 +202,13 @@ def test_the_smallest_k_wins_a_tie():
     assert best_k([*three, Clustering(7, labels, 0.5 + 1e-9)]).k == 7
 
 
+def test_the_search_prefers_the_smallest_k_whatever_ends_first(monkeypatch):
+    monkeypatch.setattr(clustering, "CHUNK", 1e-3)
+    monkeypatch.setattr(clustering, "cluster", lambda X, k, options: Clustering(k, np.zeros(len(X), np.int32), 0.25))
+    found = search({"a": np.zeros((30, 2))}, {"a": range(4, 30)}, KMeansOptions(), jobs=1)
+    assert found["a"].k == 4  # the tasks with the largest K come first
+
+
 def test_constant_columns_become_zero():
     R = np.array([[3.0, 1.0], [3.0, 2.0], [3.0 + 4e-16, 5.0]])
     np.testing.assert_allclose(selection.min_max(R), [[0, 0], [0, 0.25], [0, 1]])
