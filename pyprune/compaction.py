@@ -117,8 +117,8 @@ def compact(
         masked = _masked(model, decision.dead)
         slim = _rebuild(masked, decision)
         certificate = _verify(masked, slim, decision, inputs) if verify else _unverified(model)
-        before, after = _profiles(model, slim, decision, inputs, latency)
-    return Compacted(slim, certificate, plan, decision.kept, before, after, tuple(one.detach() for one in inputs))
+        before, after = _profiles(model, slim, decision, _copies(inputs), latency)
+    return Compacted(slim, certificate, plan, decision.kept, before, after, inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +149,12 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 def _inputs(who: str, example_inputs: Any) -> tuple[torch.Tensor, ...]:
     if not isinstance(example_inputs, (torch.Tensor, list, tuple)):
         raise TypeError(f"{who}: example_inputs must be a tensor or a tuple of tensors; got {type(example_inputs)}.")
-    return measure.as_inputs(who, example_inputs)
+    return _copies(measure.as_inputs(who, example_inputs))
+
+
+def _copies(inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Return inputs of one's own: a network that begins with an in-place activation overwrites what it is given."""
+    return tuple(one.detach().clone() for one in inputs)
 
 
 def _decide(who: str, model: nn.Module, plan: Plan, inputs: tuple[torch.Tensor, ...], round_to: int) -> _Decision:
@@ -201,7 +206,7 @@ def _shapes(who: str, model: nn.Module, graph: fx.Graph, inputs: tuple[torch.Ten
 
     try:
         with measure.running(model):
-            Recorder(model, graph=graph).run(*inputs)
+            Recorder(model, graph=graph).run(*_copies(inputs))
     except Exception as error:
         came = ", ".join(f"{list(one.shape)} {one.dtype}".replace("torch.", "") for one in inputs)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -407,13 +412,13 @@ def _verify(masked: nn.Module, slim: nn.Module, decision: _Decision, inputs: tup
     words, worst = [], 0.0
     for word, batch in _batches(inputs, generator, exact):
         words.append(word)
-        worst = max(worst, _difference(_tensors(exact_slim(*batch)), _tensors(exact(*batch))))
+        worst = max(worst, _difference(_outputs(exact_slim, batch), _outputs(exact, batch)))
     _check("in float64", worst, TOLERANCE)
     dtype = _dtype(masked)
     limit = NATIVE_TOLERANCES.get(dtype, 5e-2)
     masked.eval()
     with measure.running(slim):
-        native = _difference(_tensors(slim(*inputs)), _tensors(masked(*inputs)))
+        native = _difference(_outputs(slim, inputs), _outputs(masked, inputs))
     _check(f"in {_plain(dtype)}", native, limit)
     return Certificate(True, tuple(words), worst, TOLERANCE, _plain(dtype), native, limit)
 
@@ -473,7 +478,7 @@ def _batches(
 def _accepts(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> bool:
     """Say whether ``model`` takes ``batch``: some networks have the number of images written into them."""
     try:
-        model(*batch)
+        model(*_copies(batch))
     except Exception:
         return False
     return True
@@ -493,6 +498,10 @@ def _resized(
         return rest.double() if one.is_floating_point() else rest
 
     return tuple(resized(one) for one in inputs)
+
+
+def _outputs(model: nn.Module, batch: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return _tensors(model(*_copies(batch)))
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:
