@@ -115,7 +115,7 @@ COMMANDS = {
     "weights missing": ("rank --arch vgg_digits --weights nowhere", "nowhere"),
     "weights truncated": ("rank --arch vgg_digits --weights {truncated}", "may be truncated"),
     "weights foreign": ("rank --arch vgg_digits --weights {foreign}", "not a valid safetensors file"),
-    "weights of another model": ("rank --arch vgg_digits --weights {small}", "is [10, 512] in the network and [10, 32] in the file"),
+    "weights of another model": ("rank --arch vgg_digits --weights {small}", "and [10, 32] in the file"),
     "unknown data": ("rank --arch vgg_digits --weights {weights} --data digit", "digits"),
     "too many images": ("rank --arch vgg_digits --weights {weights} --images-per-class 1000", "1000"),
     "unknown taps": ("rank --arch vgg_digits --weights {weights} --taps relu", "activation"),
