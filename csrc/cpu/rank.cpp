@@ -101,7 +101,8 @@ void task(void* context, std::ptrdiff_t item) {
 
 double rank_seconds(const MapShape& shape) {
   const double m = static_cast<double>(shape.short_side()), n = static_cast<double>(shape.long_side());
-  return (20 + m * n + m * m * n / 4 + m * m * m / 6) * 1e-10;  // an AVX-512 thread; others take up to ten times more
+  // Fits an AVX-512 thread; others take up to four times as long.
+  return (100 + 2 * m * n + m * m * n / 8 + m * m * m / 12) * 1e-10;
 }
 
 void rank_maps(const Maps& maps, double rtol, const RankVariant& variant, int threads, std::ptrdiff_t first,
