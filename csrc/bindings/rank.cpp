@@ -70,7 +70,7 @@ py::array_t<std::int32_t> rank(const py::array& array, double rtol, const std::s
   const std::ptrdiff_t count = maps.N * maps.C;
   py::array_t<std::int32_t> result(count);
   std::int32_t* ranks = result.mutable_data();
-  if (count == 0 || maps.shape.short_side() == 0) {
+  if (count == 0 || short_side(maps.shape) == 0) {
     std::fill_n(ranks, count, 0);
     return result;
   }

@@ -478,19 +478,19 @@ struct Memory {
 
 // Columns of a tile: whole maps up to 64 x 64, and beyond as much as leaves the L2 cache room for G.
 inline Index tile_columns(const MapShape& s) {
-  const Index columns = kTileItems / s.short_side() / kLanes * kLanes;
-  return columns < s.long_side() ? (columns > 2 * kLanes ? columns : 2 * kLanes) : s.long_side();
+  const Index columns = kTileItems / short_side(s) / kLanes * kLanes;
+  return columns < long_side(s) ? (columns > 2 * kLanes ? columns : 2 * kLanes) : long_side(s);
 }
 
 std::size_t workspace_bytes(const MapShape& s) {
-  const Index m = s.short_side();
+  const Index m = short_side(s);
   return static_cast<std::size_t>(2 * triangle(m) + (3 + kBlock) * m + m * tile_columns(s)) * sizeof(Vec);
 }
 
 template <class T>
 Norms load_gram(const T* const* maps, const MapShape& s, const Memory& memory) {
   const bool wide = s.H <= s.W;
-  const Index m = s.short_side(), n = s.long_side(), columns = tile_columns(s);
+  const Index m = short_side(s), n = long_side(s), columns = tile_columns(s);
   const Vec factor = scale_of(maps, s);
   Norms norms;
   for (Index k = 0; k < n; k += columns) {
@@ -510,7 +510,7 @@ Norms load_gram(const T* const* maps, const MapShape& s, const Memory& memory) {
 
 template <class T>
 void run(const T* const* maps, const MapShape& s, double rtol, bool refine, void* workspace, std::int32_t* ranks) {
-  const Index m = s.short_side(), n = s.long_side();
+  const Index m = short_side(s), n = long_side(s);
   const Memory memory(workspace, m);
   const Norms norms = load_gram(maps, s, memory);
 

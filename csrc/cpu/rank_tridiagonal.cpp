@@ -12,7 +12,7 @@ namespace {
 template <class T>
 double load(const T* map, const MapShape& s, double* A) {
   const bool flip = s.H > s.W;
-  const std::ptrdiff_t m = s.short_side(), n = s.long_side();
+  const std::ptrdiff_t m = short_side(s), n = long_side(s);
   const std::ptrdiff_t row = flip ? s.stride_w : s.stride_h, column = flip ? s.stride_h : s.stride_w;
   double top = 0, check = 0;
   for (std::ptrdiff_t i = 0; i < m; ++i) {
@@ -91,12 +91,12 @@ std::int32_t count_above(const double* d, const double* e2, std::ptrdiff_t m, do
 }  // namespace
 
 std::size_t rank_tridiagonal_workspace(const MapShape& s) {
-  const std::size_t m = static_cast<std::size_t>(s.short_side()), n = static_cast<std::size_t>(s.long_side());
+  const std::size_t m = static_cast<std::size_t>(short_side(s)), n = static_cast<std::size_t>(long_side(s));
   return m * n + m * m + 4 * m;
 }
 
 std::int32_t rank_tridiagonal(const void* map, const MapShape& s, bool is_double, double rtol, double* workspace) {
-  const std::ptrdiff_t m = s.short_side(), n = s.long_side();
+  const std::ptrdiff_t m = short_side(s), n = long_side(s);
   double *A = workspace, *G = A + m * n, *d = G + m * m, *e2 = d + m, *v = e2 + m, *w = v + m;
   const double top =
       is_double ? load(static_cast<const double*>(map), s, A) : load(static_cast<const float*>(map), s, A);

@@ -9,10 +9,15 @@ namespace pyprune {
 // One map [H, W] of a batch; strides count elements.
 struct MapShape {
   std::ptrdiff_t H, W, stride_h, stride_w;
-
-  std::ptrdiff_t short_side() const { return H < W ? H : W; }
-  std::ptrdiff_t long_side() const { return H < W ? W : H; }
 };
+
+// static, here and wherever kernels look: no file may pick up another instruction set's copy of an inline function.
+static inline std::ptrdiff_t short_side(const MapShape& s) {
+  return s.H < s.W ? s.H : s.W;
+}
+static inline std::ptrdiff_t long_side(const MapShape& s) {
+  return s.H < s.W ? s.W : s.H;
+}
 
 // A batch [N, C] of such maps.
 struct Maps {
