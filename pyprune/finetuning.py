@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -59,6 +60,7 @@ def finetune(
     *,
     masks: HasMasks | None = None,
     epochs: int = 30,
+    steps: int | None = None,
     lr: float = 0.01,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
@@ -93,6 +95,8 @@ def finetune(
         What :func:`pyprune.mask_` returned for this model; reapplied after each optimizer step.
     epochs
         Passes over ``train``.
+    steps
+        Optimizer steps in all, instead of ``epochs``: the last pass ends early. ``train`` must have a length.
     lr, momentum, weight_decay
         Of torch's SGD.
     schedule
@@ -136,8 +140,11 @@ def finetune(
     >>> history.best
     1
     """
+    if steps is not None:
+        epochs = _epochs_of(steps, train)
     options = {
-        "epochs": epochs, "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "schedule": schedule,
+        "epochs": epochs, "steps": steps, "lr": lr, "momentum": momentum, "weight_decay": weight_decay,
+        "schedule": schedule,
         "loss": "cross_entropy" if loss is None else getattr(loss, "__name__", type(loss).__name__), "amp": amp,
         "seed": seed, "chosen_by": "last epoch, no validation data" if val is None else "validation top-1, then loss",
     }  # fmt: skip
@@ -151,7 +158,7 @@ def finetune(
         try:
             if path is not None:
                 run.open(path)
-            with bar("fine-tune", _steps(train, epochs), progress) as advance:
+            with bar("fine-tune", steps or _steps(train, epochs), progress) as advance:
                 for epoch in range(len(run.history) + 1, epochs + 1):
                     reseed(seed, epoch)
                     run.train_epoch(epoch, val, advance)
@@ -212,6 +219,15 @@ def _as_log(log: Any) -> Log:
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in row.items() if value is not None}
+
+
+def _epochs_of(steps: int, train: Iterable[Any]) -> int:
+    """Return how many passes over ``train`` hold ``steps`` optimizer steps."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"finetune: steps must be a whole number of at least 1; got {steps!r}.")
+    if not isinstance(train, Sized):
+        raise TypeError("finetune: steps needs a training loader with a length. Give epochs instead.")
+    return math.ceil(steps / max(1, len(train)))
 
 
 def _steps(train: Iterable[Any], epochs: int) -> int | None:
@@ -297,12 +313,12 @@ class _Run:
     def _pass(self, epoch: int, advance: Callable[..., None]) -> tuple[float, float]:
         """Run over the training data once; return the first learning rate and the mean loss of an image."""
         batches = len(self.train) if isinstance(self.train, Sized) else None
+        left = None if self.options["steps"] is None else self.options["steps"] - (epoch - 1) * (batches or 0)
         losses: list[torch.Tensor] = []
         sizes: list[int] = []
-        first = _annealed(self.options["schedule"], self.options["lr"], (epoch - 1) / self.options["epochs"])
-        for position, batch in enumerate(self.train):
-            within = min(position / batches, 1.0) if batches else 0.0
-            lr = _annealed(self.options["schedule"], self.options["lr"], (epoch - 1 + within) / self.options["epochs"])
+        first = self._lr(epoch, 0.0)
+        for position, batch in enumerate(itertools.islice(self.train, left)):
+            lr = self._lr(epoch, min(position / batches, 1.0) if batches else 0.0)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             images, labels = measure.as_batch("finetune", batch, position)
@@ -316,6 +332,13 @@ class _Run:
         self._check_losses(epoch, losses, 0)
         values = torch.stack(losses).double().cpu()
         return first, float(values @ torch.tensor(sizes, dtype=torch.float64)) / sum(sizes)
+
+    def _lr(self, epoch: int, within: float) -> float:
+        """Return the learning rate when the share ``within`` of ``epoch`` is over."""
+        passes = self.options["epochs"]
+        if self.options["steps"] is not None and isinstance(self.train, Sized):
+            passes = self.options["steps"] / len(self.train)
+        return _annealed(self.options["schedule"], self.options["lr"], (epoch - 1 + within) / passes)
 
     def _step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Take one optimizer step and return the batch's loss, detached and on the device."""

@@ -136,6 +136,32 @@ def test_cosine_anneals_batch_by_batch_and_by_epoch_without_a_length(monkeypatch
 # which epoch
 
 
+def test_steps_end_the_last_pass_early_and_anneal_to_their_end(monkeypatch):
+    rates, before = [], torch.optim.SGD.step
+
+    def step(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return before(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    history = finetune(net(), *loaders(batch=8), **quiet(steps=8, lr=1.0))  # 48 images: 6 steps, then 2 of 6
+    assert rates == pytest.approx([(1 + math.cos(math.pi * i / 8)) / 2 for i in range(8)])
+    assert [epoch.epoch for epoch in history.epochs] == [1, 2]
+    assert history.options["steps"] == 8
+
+
+def test_steps_need_a_number_and_a_length():
+    with pytest.raises(ValueError, match="steps must be a whole number of at least 1; got 0"):
+        finetune(net(), *loaders(), steps=0, progress=False)
+
+    class Endless:
+        def __iter__(self):
+            return iter(())
+
+    with pytest.raises(TypeError, match="steps needs a training loader with a length"):
+        finetune(net(), Endless(), steps=5, progress=False)
+
+
 def test_best_epoch_is_chosen_on_validation_and_its_weights_come_back(monkeypatch):
     scripted = [(0.9, 0.5), (0.7, 0.75), (0.5, 0.75), (0.6, 0.75), (0.1, 0.6)]  # loss, top-1: the third is best
     kept = []
