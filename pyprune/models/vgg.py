@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from pyprune.models.building import check_counts, initialise, scaled
+
 MAX = "max"
 AVERAGE = "average"
 
@@ -34,7 +36,7 @@ class VGG(nn.Module):
         super().__init__()
         self.features = _features(layout, in_channels)
         self.classifier = classifier
-        _initialise(self)
+        initialise(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the scores [N, classes] of images ``x`` [N, C, H, W]."""
@@ -74,11 +76,9 @@ def vgg16_bn(*, num_classes: int = 10, in_channels: int = 3, width: float = 1.0)
     >>> vgg16_bn(width=0.125)(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
-    if not 0 < width < float("inf"):
-        raise ValueError(f"vgg16_bn: width must be a positive factor; got {width}.")
-    _check_counts("vgg16_bn", num_classes=num_classes, in_channels=in_channels)
-    layout = [max(1, round(size * width)) if isinstance(size, int) else size for size in VGG16]
-    last = max(1, round(512 * width))
+    check_counts("vgg16_bn", num_classes=num_classes, in_channels=in_channels)
+    layout = [scaled("vgg16_bn", size, width) if isinstance(size, int) else size for size in VGG16]
+    last = scaled("vgg16_bn", 512, width)
     classifier = nn.Sequential(
         OrderedDict[str, nn.Module](
             linear1=nn.Linear(last, last),
@@ -112,7 +112,7 @@ def vgg_digits(
     ValueError
         If a count is below 1, or ``widths`` does not consist of one to four pairs.
     """
-    _check_counts("vgg_digits", num_classes=num_classes, in_channels=in_channels, widths=min(widths, default=0))
+    check_counts("vgg_digits", num_classes=num_classes, in_channels=in_channels, widths=min(widths, default=0))
     pairs, odd = divmod(len(widths), 2)
     if odd or not 1 <= pairs <= 4:
         raise ValueError(f"vgg_digits: widths must be one to four pairs; got {len(widths)} of them.")
@@ -122,12 +122,6 @@ def vgg_digits(
     side = 16 >> pairs
     classifier = nn.Sequential(OrderedDict(linear=nn.Linear(widths[-1] * side * side, num_classes)))
     return VGG(layout, classifier, in_channels=in_channels)
-
-
-def _check_counts(who: str, **counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{who}: {name} must be at least 1; got {count}.")
 
 
 def _features(layout: Sequence[int | str], channels: int) -> nn.Sequential:
@@ -142,14 +136,3 @@ def _features(layout: Sequence[int | str], channels: int) -> nn.Sequential:
         modules[f"relu{i}"] = nn.ReLU(inplace=True)
         channels = entry
     return nn.Sequential(modules)
-
-
-def _initialise(model: nn.Module) -> None:
-    """Draw He-normal convolutions and LeCun-normal linear layers (a norm or the loss follows them); zero biases."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(module, nn.Linear):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
-        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
