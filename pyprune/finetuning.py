@@ -391,7 +391,7 @@ class _Run:
 
     def open(self, path: Path) -> None:
         """Continue from ``path`` if it is there, and be ready to write it."""
-        self.start = _digest(self.best.tensors)
+        self.start = files.fingerprint(self.best.tensors)
         if path.exists():
             self._load(path)
 
@@ -440,7 +440,7 @@ class _Run:
         """
         mine, theirs = self._fingerprint(), about.get("fingerprint", {})
         different = [name for name in mine if not isinstance(theirs, dict) or theirs.get(name) != mine[name]]
-        if not different and self.start not in (about.get("start"), _digest(_part(tensors, "best"))):
+        if not different and self.start not in (about.get("start"), files.fingerprint(_part(tensors, "best"))):
             different = ["starting weights"]
         if different:
             raise ValueError(
@@ -469,16 +469,6 @@ def _copy_into(targets: Mapping[str, torch.Tensor], sources: Mapping[str, torch.
             if sources[name].shape != target.shape:  # copy_ would broadcast
                 raise TypeError(f"{name!r} of shape {list(target.shape)}")
             target.copy_(sources[name])
-
-
-def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Return a digest of names, dtypes and bits."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -21,7 +22,10 @@ from pyprune.measure import evaluate
 from pyprune.ranks import rank_filters
 from pyprune.reporting import report
 from pyprune.selection import select
-from pyprune.types import Evaluation, PruneResult
+from pyprune.types import ClassRanks, Evaluation, Plan, PruneResult
+
+RUN = "pyprune.run"
+T = TypeVar("T", ClassRanks, Plan, Evaluation)
 
 
 def prune(
@@ -31,19 +35,24 @@ def prune(
     *,
     test: Iterable[Any] | None = None,
     ranking: Iterable[Any] | None = None,
+    num_classes: int | None = None,
     images_per_class: int = 50,
-    exclude: tuple[str, ...] = (),
+    taps: str = "activation",
+    method: str = "crank",
+    rates: Any = None,
+    exclude: Sequence[str] = (),
     finetune_on: Literal["slim", "masked"] = "slim",
     epochs: int = 30,
+    steps: int | None = None,
     lr: float = 0.01,
-    num_classes: int | None = None,
     device: str | torch.device | None = None,
     folder: str | os.PathLike[str] | None = None,
+    fresh: bool = False,
     seed: int = 0,
     log: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
 ) -> PruneResult:
-    """Prune ``model`` by CRank from end to end and return the slim network with everything learnt on the way.
+    """Prune ``model`` from end to end and return the slim network with everything learnt on the way.
 
     Parameters
     ----------
@@ -54,57 +63,74 @@ def prune(
         without ``test`` the evaluations use ``val``, and without that ``train``.
     ranking
         Where the ranked images come from, without augmentation; by default ``train``.
-    images_per_class
-        Images a class that are ranked (thesis: 50, and 10 for ImageNet).
-    exclude
-        Convolutions that keep every filter.
+    num_classes
+        Number of classes; by default the largest label seen while ranking, plus one.
+    images_per_class, taps
+        Images a class that are ranked (thesis: 50, and 10 for ImageNet), and where their maps are read.
+    method, rates, exclude
+        As for :func:`pyprune.select`.
     finetune_on
         ``"slim"`` fine-tunes the compacted network: several times cheaper, and equivalent for chains with affine
         norms. ``"masked"`` fine-tunes the masked network and compacts afterwards, as the thesis does.
-    epochs, lr
-        Of the fine-tuning: stochastic gradient descent, annealed (thesis section 5.1).
-    num_classes
-        Number of classes; by default the largest label seen while ranking, plus one.
+    epochs, steps, lr
+        Of the fine-tuning: stochastic gradient descent, annealed (thesis section 5.1); see :func:`pyprune.finetune`.
     device
         Where to compute; by default where the model's parameters are.
     folder
-        If given, ranks, plan, history, evaluations, the slim folder and ``report.html`` are written there.
+        If given, ranks, plan, history, evaluations, the slim folder and ``report.html`` are written there, each as
+        soon as it exists. A run that was stopped goes on from what it finds, and ends as if it had not been.
+    fresh
+        Whether to start over in a folder that holds a run.
     seed
         For the sample of images and the order of training.
     log
-        Receives one row per epoch of fine-tuning; see :func:`pyprune.finetune`.
+        Receives one row per epoch of fine-tuning.
 
     Raises
     ------
     ValueError
-        From the stage that was given something it cannot work with; each names itself.
+        From the stage that was given something it cannot work with; each names itself. Also if ``folder`` holds the
+        run of another model or of other settings.
     """
     if finetune_on not in ("slim", "masked"):
         raise ValueError(f'prune: finetune_on must be "slim" or "masked"; got {finetune_on!r}.')
-    out = None if folder is None else files.make_folder("prune", folder)
-    seconds: dict[str, float] = {}
-    scores: dict[str, Evaluation] = {}
+    settings = {
+        "weights": files.fingerprint(model.state_dict()), "images_per_class": images_per_class, "taps": taps,
+        "method": method, "rates": rates.to_json()["keep"] if isinstance(rates, Plan) else rates,
+        "exclude": sorted(exclude), "finetune_on": finetune_on, "epochs": epochs, "steps": steps, "lr": lr,
+        "seed": seed,
+    }  # fmt: skip
+    run = _Run(folder, settings, fresh)
+    place: dict[str, Any] = {"device": device, "progress": progress}
     judge = next(loader for loader in (test, val, train) if loader is not None)
 
     def score(name: str, network: nn.Module) -> None:
-        with _timed(seconds, "evaluate"):
-            scores[name] = evaluate(network, judge, num_classes=ranks.num_classes, device=device, progress=progress)
+        def measured() -> Evaluation:
+            return evaluate(network, judge, num_classes=ranks.num_classes, **place)
+
+        scores[name] = run.stage("evaluate", f"evaluation_{name}.json", Evaluation, measured)
 
     def tune(network: nn.Module, **masks: Any) -> Any:
-        with _timed(seconds, "finetune"):
+        with run.timed("finetune"):
             return finetune(
-                network, train, val, epochs=epochs, lr=lr, device=device, seed=seed, log=log, progress=progress, **masks
+                network, train, val, epochs=epochs, steps=steps, lr=lr, seed=seed, log=log,
+                checkpoint=run.path("training.safetensors"), **place, **masks,
             )  # fmt: skip
 
-    with _timed(seconds, "rank"):
-        ranks = rank_filters(
-            model, train if ranking is None else ranking, num_classes=num_classes,
-            images_per_class=images_per_class, device=device, seed=seed, progress=progress,
+    def rank() -> ClassRanks:
+        return rank_filters(
+            model, train if ranking is None else ranking, num_classes=num_classes, images_per_class=images_per_class,
+            taps=taps, seed=seed, checkpoint=run.path("ranking.safetensors"), **place,
         )  # fmt: skip
-    with _timed(seconds, "select"):
-        plan = select(model, "crank", ranks=ranks, exclude=exclude, progress=progress)
 
+    def choose() -> Plan:
+        return select(model, method, ranks=ranks, rates=rates, exclude=exclude, progress=progress)
+
+    scores: dict[str, Evaluation] = {}
     example = _example(train)
+    ranks = run.stage("rank", "ranks.safetensors", ClassRanks, rank)
+    plan = run.stage("select", "plan.json", Plan, choose)
+
     masked = copy.deepcopy(model)
     masks = mask_(masked, plan)
     score("original", model)
@@ -112,23 +138,67 @@ def prune(
     if finetune_on == "masked":
         history = tune(masked, masks=masks)
         score("finetuned", masked)
-    with _timed(seconds, "compact"):
+    with run.timed("compact"):
         slim = compact(masked, plan, example)
     if finetune_on == "slim":
         history = tune(slim.model)
     score("slim", slim.model)
 
-    result = PruneResult(ranks, plan, history, slim, scores, seconds)
-    if out is not None:
-        with _timed(seconds, "save"):
-            ranks.save(out / "ranks.safetensors")
-            plan.save(out / "plan.json")
-            history.save(out / "history.json")
-            for name, evaluation in scores.items():
-                evaluation.save(out / f"evaluation_{name}.json")
-            save_slim(slim, out / "slim")
-            report(result, out / "report.html")
+    result = PruneResult(ranks, plan, history, slim, scores, run.seconds)
+    if run.folder is not None:
+        history.save(run.folder / "history.json")
+        save_slim(slim, run.folder / "slim")
+        report(result, run.folder / "report.html")
     return result
+
+
+class _Run:
+    """The folder of a run: what is there is taken up, what is not is made and written."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None, settings: dict[str, Any], fresh: bool) -> None:
+        self.folder = None if folder is None else files.make_folder("prune", folder)
+        self.seconds: dict[str, float] = {}
+        if self.folder is None:
+            return
+        about = self.folder / "run.json"
+        if about.exists() and not fresh:
+            found = files.read_json("prune", about, RUN, 1).get("settings")
+            other = [name for name in settings if not isinstance(found, dict) or found.get(name) != settings[name]]
+            if other:
+                raise ValueError(
+                    f"prune: {self.folder} holds a run with other {', '.join(other)}. "
+                    "Choose another folder, or start over with fresh=True (--fresh)."
+                )
+        else:
+            for old in (*self.folder.glob("*.safetensors"), *self.folder.glob("*.json")):
+                if old.name in _OURS or old.name.startswith("evaluation_"):
+                    old.unlink()
+        files.write_json(about, {"format": RUN, "version": 1, "settings": settings})
+
+    def path(self, name: str) -> Path | None:
+        return None if self.folder is None else self.folder / name
+
+    def stage(self, stage: str, name: str, kind: type[T], make: Callable[[], T]) -> T:
+        """Return what an earlier run left in ``name``, or make it and write it there."""
+        path = self.path(name)
+        with self.timed(stage):
+            if path is not None and path.exists():
+                return kind.load(path)
+            made = make()
+            if path is not None:
+                made.save(path)
+            return made
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+_OURS = {
+    "run.json", "ranks.safetensors", "ranking.safetensors", "plan.json", "training.safetensors", "history.json"
+}  # fmt: skip
 
 
 def _example(train: Iterable[Any]) -> torch.Tensor:
@@ -137,10 +207,3 @@ def _example(train: Iterable[Any]) -> torch.Tensor:
         first: torch.Tensor = images[:1]
         return first
     raise ValueError("prune: the training loader is empty; it must yield (images, labels).")
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start

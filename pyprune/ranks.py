@@ -500,7 +500,7 @@ class _Checkpoint:
         files.make_folder("rank_filters", self.path.parent)
         read_at = {name: tap.node for name, tap in accumulator.taps.items()}
         self._accumulator = accumulator
-        self._run = {**settings, "weights": _fingerprint(model), "read at": read_at}
+        self._run = {**settings, "weights": files.fingerprint(model.state_dict()), "read at": read_at}
         self._saved = time.monotonic()
 
     def resume(self, sample: Sample) -> tuple[int, str]:
@@ -533,13 +533,3 @@ class _Checkpoint:
         metadata = {"format": CHECKPOINT, "version": "1", "about": json.dumps(about)}
         files.write_tensors(self.path, self._accumulator.state_dict(), metadata)
         self._saved = time.monotonic()
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """Return a SHA-256 over the names, types, shapes and bits of the model's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, torch.Tensor):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -237,7 +237,7 @@ class Plan:
             "format": self.FORMAT,
             "version": self.VERSION,
             "method": self.method,
-            "options": dict(self.options),
+            "options": json.loads(json.dumps(dict(self.options))),  # tuples become lists, as they do in a file
             "filters": dict(self.filters),
             "keep": {name: kept.tolist() for name, kept in self.keep.items()},
             "why": {name: asdict(why) for name, why in self.why.items()},

@@ -73,7 +73,7 @@ def test_prune_leaves_everything(run: Run, model: tuple[object, ...], tmp_path: 
     written = {path.name for path in (tmp_path / "run").iterdir()}
     assert written == {
         "ranks.safetensors", "plan.json", "history.json", "evaluation_original.json", "evaluation_masked.json",
-        "evaluation_slim.json", "slim", "report.html"}  # fmt: skip
+        "evaluation_slim.json", "slim", "report.html", "run.json", "training.safetensors"}  # fmt: skip
     plan = pp.Plan.load(tmp_path / "run" / "plan.json")
     assert len(plan.keep["features.conv7"]) == plan.filters["features.conv7"]
 

@@ -72,6 +72,66 @@ def test_the_same_seed_gives_the_same_network(trained: tuple[torch.nn.Module, ob
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("broken", ["rank_filters", "select", "evaluate", "finetune", "save_slim"])
+def test_a_stopped_run_goes_on_and_ends_the_same(
+    trained: tuple[torch.nn.Module, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    model, splits = trained
+    order = ["rank_filters", "select", "evaluate", "finetune", "save_slim"]
+
+    def run(folder: Path) -> pp.PruneResult:
+        return pp.prune(
+            model, loader(splits.train, shuffle=True, seed=0), loader(splits.val), images_per_class=5,
+            exclude=("features.conv4", "features.conv6", "features.conv7"), epochs=1, folder=folder, progress=False,
+        )  # fmt: skip
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def called(*_: object, **__: object) -> None:
+        raise AssertionError("a finished stage ran again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"pyprune.pipeline.{broken}", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        for finished in order[: order.index(broken)]:
+            if finished in ("rank_filters", "select"):
+                patch.setattr(f"pyprune.pipeline.{finished}", called)
+        resumed = run(tmp_path / "stopped")
+    whole = run(tmp_path / "whole")
+    state = whole.slim.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in resumed.slim.model.state_dict().items())
+    assert resumed.plan == whole.plan
+    for name in whole.evaluations:
+        assert (resumed.evaluations[name].confusion == whole.evaluations[name].confusion).all()
+
+
+def test_a_folder_with_another_run_is_refused_unless_fresh(
+    trained: tuple[torch.nn.Module, object], tmp_path: Path
+) -> None:
+    model, splits = trained
+    options = {"exclude": [f"features.conv{i}" for i in (1, 3, 4, 6, 7)], "epochs": 1, "folder": tmp_path}
+
+    def run(**more: object) -> pp.PruneResult:
+        train = loader(splits.train, shuffle=True, seed=0)
+        return pp.prune(model, train, progress=False, **{**options, "images_per_class": 5, **more})
+
+    run()
+    (tmp_path / "notes.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds a run with other images_per_class. Choose another folder"):
+        run(images_per_class=6)
+    assert run(images_per_class=6, fresh=True).ranks.info["images_per_class"] == 6
+    assert (tmp_path / "notes.json").read_text() == "mine"
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(other.parameters())[0] += 1
+    model = other
+    with pytest.raises(ValueError, match="other weights"):
+        run(images_per_class=6)
+
+
 def test_bad_input_is_named_before_any_work(trained: tuple[torch.nn.Module, object], tmp_path: Path) -> None:
     model, _ = trained
     with pytest.raises(ValueError, match='finetune_on must be "slim" or "masked"'):
