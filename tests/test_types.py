@@ -34,6 +34,10 @@ def test_class_ranks_round_trip_bit_for_bit(tmp_path: Path) -> None:
     assert (back.shapes, back.taps, back.info) == (ranks.shapes, ranks.taps, ranks.info)
 
 
+def test_class_ranks_lie_in_memory_as_a_file_gives_them_back() -> None:
+    assert ClassRanks({"a": np.ones((3, 2)).T}).layers["a"].flags.c_contiguous
+
+
 def test_uninformative_means_more_than_nine_tenths_at_full_rank() -> None:
     ranks = some_ranks()
     assert ranks.full_rank_share("features.0") == 1 / 3
