@@ -2,9 +2,11 @@
 
 One walk over the traced graph, in order. Every tensor carries, along its channel dimension, the *slots* that
 decide whether each entry exists and the *constant* that the entry takes where it is dead (NaN: alive).
-Convolutions and linear layers make new slots; operations that leave channels apart pass them on and map the
-constant; an addition ties slots together; anything that is not understood pins the slots that it reads. Slots
-that are tied leave together, and only if all of them are dead and none is pinned.
+Convolutions and linear layers make new slots, and so does what is padded or added; operations that leave channels
+apart pass them on and map the constant; anything that is not understood pins the slots that it reads. One slot can
+*hold* another: if it stays, so does the other. An addition's sides hold its result; under ``"scatter"`` a side may
+lose a channel that the result keeps, under ``"intersect"`` and ``"union"`` all three hold one another. A slot leaves
+if it is dead, not pinned, and nothing that stays holds it.
 
 A new operation is a new function under :func:`_handles`; nothing else has to know about it.
 """
@@ -12,9 +14,9 @@ A new operation is a new function under :func:`_handles`; nothing else has to kn
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +30,7 @@ from pyprune import operations as ops
 from pyprune.types import FloatArray, IntArray
 
 BoolArray = npt.NDArray[np.bool_]
+Residual = Literal["scatter", "intersect", "union"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,13 +50,40 @@ class Reading:
 
 
 @dataclass(frozen=True, eq=False)
+class Sum:
+    """An addition: the slots [C] of its two sides and of its result, and the number of dimensions."""
+
+    sides: tuple[IntArray, IntArray]
+    result: IntArray
+    ndim: int
+
+
+@dataclass(frozen=True, eq=False)
+class Pad:
+    """A padding of channels: the slots before and after those of the tensor, and the number of its dimensions."""
+
+    before: IntArray
+    after: IntArray
+    ndim: int
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """A slice: the slots of the tensor that is sliced, which of them are taken, in order, and the whole index."""
+
+    source: IntArray
+    taken: IntArray
+    index: tuple[slice, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Channels:
     """What the walk found.
 
     ``filters`` counts the outputs of each layer that the network calls, and ``first`` is the first slot of each;
     ``inputs`` is what each layer, norm or other sized module reads; ``leaves`` [slots] says which go; ``tied``
     [slots] numbers the classes of slots that leave together; ``flattens`` names the nodes whose literal size must
-    become a flatten.
+    become a flatten; ``sums``, ``pads`` and ``slices`` describe the nodes that must be written anew.
     """
 
     filters: Mapping[str, int]
@@ -62,6 +92,9 @@ class Channels:
     leaves: BoolArray
     tied: IntArray
     flattens: frozenset[str]
+    sums: Mapping[str, Sum]
+    pads: Mapping[str, Pad]
+    slices: Mapping[str, Slice]
     _why: Callable[[int], str]
 
     def leaving(self, layer: str) -> BoolArray:
@@ -87,7 +120,13 @@ class Channels:
         ]
 
 
-def follow(model: nn.Module, graph: fx.Graph, shapes: Mapping[fx.Node, Any], dead: Mapping[str, IntArray]) -> Channels:
+def follow(
+    model: nn.Module,
+    graph: fx.Graph,
+    shapes: Mapping[fx.Node, Any],
+    dead: Mapping[str, IntArray],
+    residual: Residual = "scatter",
+) -> Channels:
     """Walk ``graph`` and decide which channels leave.
 
     Parameters
@@ -98,11 +137,22 @@ def follow(model: nn.Module, graph: fx.Graph, shapes: Mapping[fx.Node, Any], dea
         For each node that yields a tensor, its shape.
     dead
         What the mask zeroes, from :func:`pyprune.graph.dead_slices`.
+    residual
+        ``"scatter"`` lets the sides of an addition lose different channels; otherwise all lose the same.
     """
-    walk = _Walk(model, graph, shapes, dead)
+    walk = _Walk(model, graph, shapes, dead, residual == "scatter")
     for node in graph.nodes:
         walk.values[node] = walk.step(node)
     return walk.result()
+
+
+@dataclass(frozen=True, eq=False)
+class _Hold:
+    """Each slot of ``held`` stays if the slot of ``by`` at the same place does; ``reason`` says why."""
+
+    by: IntArray
+    held: IntArray
+    reason: str
 
 
 @dataclass(eq=False)
@@ -111,10 +161,15 @@ class _Walk:
     graph: fx.Graph
     shapes: Mapping[fx.Node, Any]
     dead: Mapping[str, IntArray]
+    scatters: bool = True
     values: dict[fx.Node, Value | Reading | None] = field(default_factory=dict)
     inputs: dict[str, Value] = field(default_factory=dict)
-    joins: list[tuple[str, IntArray, IntArray]] = field(default_factory=list)
+    holds: list[_Hold] = field(default_factory=list)
+    ties: list[_Hold] = field(default_factory=list)
     flattens: set[str] = field(default_factory=set)
+    sums: dict[str, Sum] = field(default_factory=dict)
+    pads: dict[str, Pad] = field(default_factory=dict)
+    slices: dict[str, Slice] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.modules: dict[str, Any] = dict(self.model.named_modules())
@@ -129,6 +184,7 @@ class _Walk:
         self.alive = np.ones(starts[-1], np.bool_)
         self.pinned = np.zeros(starts[-1], np.int64)
         self.reasons: list[str] = [""]
+        self.others: list[tuple[int, str]] = []  # the first slot of each sum and padding, and its name
 
     def step(self, node: fx.Node) -> Value | Reading | None:
         """Return what ``node`` yields, after pinning or tying what it reads."""
@@ -170,6 +226,14 @@ class _Walk:
             self.pin(value, self.fixed[name])
         return value
 
+    def make(self, name: str, constants: FloatArray) -> Value:
+        """Return new channels that are no layer's filters: those of a sum, which its sides hold, or padded ones."""
+        first = len(self.alive)
+        self.others.append((first, name))
+        self.alive = np.concatenate([self.alive, np.zeros(len(constants), np.bool_)])
+        self.pinned = np.concatenate([self.pinned, np.zeros(len(constants), np.int64)])
+        return Value(np.arange(first, first + len(constants)), constants)
+
     def consume(self, node: fx.Node, name: str, takes_constants: bool) -> None:
         """Note that layer ``name`` mixes what ``node`` reads, and pin what it could not do without."""
         value = self.source(node)
@@ -204,33 +268,67 @@ class _Walk:
         return None
 
     def result(self) -> Channels:
-        """Tie what leaves together and decide."""
-        count = len(self.alive)
-        ones = np.concatenate([np.zeros(0, np.int64), *(a for _, a, _ in self.joins)])
-        others = np.concatenate([np.zeros(0, np.int64), *(b for _, _, b in self.joins)])
-        edges = coo_array((np.ones(len(ones), np.bool_), (ones, others)), shape=(count, count))
-        tied = connected_components(edges, directed=False)[1].astype(np.int64) if count else np.zeros(0, np.int64)
-        held = np.zeros(count, np.bool_)
-        held[tied[self.alive | (self.pinned > 0)]] = True
+        """Decide what leaves; a tensor never loses its last channel."""
+        while True:
+            origins, through = self._spread()
+            leaves = origins < 0
+            empty = [
+                (node, value)
+                for node, value in self.values.items()
+                if isinstance(value, Value) and len(value.slots) and leaves[value.slots].all()
+            ]
+            if not empty:
+                break
+            node, value = empty[0]
+            self.pin(Value(value.slots[:1], value.constants[:1]), f"is the last channel of {node.name}")
         return Channels(
-            self.counts, self.first, self.inputs, ~held[tied], tied, frozenset(self.flattens), self._explain(tied)
-        )
+            self.counts, self.first, self.inputs, leaves, self._tied(), frozenset(self.flattens),
+            self.sums, self.pads, self.slices, self._explain(origins, through),
+        )  # fmt: skip
 
-    def _explain(self, tied: IntArray) -> Callable[[int], str]:
+    def _spread(self) -> tuple[IntArray, IntArray]:
+        """Return, for each slot that stays, the nearest slot that holds it and stays by itself; and the last hold.
+
+        Both are -1 for a slot that leaves; the hold is -1 for one that stays by itself.
+        """
+        by, held = _joined(hold.by for hold in self.holds), _joined(hold.held for hold in self.holds)
+        which = np.repeat(np.arange(len(self.holds)), [len(hold.by) for hold in self.holds])
+        origins = np.where(self.alive | (self.pinned > 0), np.arange(len(self.alive)), -1)
+        through = np.full(len(origins), -1)
+        while (new := np.flatnonzero((origins[by] >= 0) & (origins[held] < 0))).size:
+            origins[held[new]], through[held[new]] = origins[by[new]], which[new]
+        return origins, through
+
+    def _tied(self) -> IntArray:
+        """Return [slots] the classes of slots that can leave only together."""
+        count = len(self.alive)
+        if not count:
+            return np.zeros(0, np.int64)
+        ends = (_joined(tie.by for tie in self.ties), _joined(tie.held for tie in self.ties))
+        edges = coo_array((np.ones(len(ends[0]), np.bool_), ends), shape=(count, count))
+        tied: IntArray = connected_components(edges, directed=False)[1].astype(np.int64)
+        return tied
+
+    def _explain(self, origins: IntArray, through: IntArray) -> Callable[[int], str]:
+        def owner(slot: int) -> str:
+            starts = [*((first, name) for name, first in self.first.items()), *self.others]
+            return max((first, name) for first, name in starts if first <= slot)[1]
+
         def why(slot: int) -> str:
             if self.pinned[slot]:
                 return self.reasons[int(self.pinned[slot])]
-            members = np.flatnonzero(tied == tied[slot])
-            others = [int(member) for member in members if self.alive[member] or self.pinned[member]]
-            if not others:
+            if through[slot] < 0:
                 return ""
-            join = next((node for node, a, b in self.joins if slot in a or slot in b), "a join")
-            other = others[0]
-            name = next(n for n, first in self.first.items() if first <= other < first + self.counts[n])
-            state = "keeps its channel" if self.alive[other] else self.reasons[int(self.pinned[other])]
-            return f"reaches {join}, where {name} {state}"
+            origin, reason = int(origins[slot]), self.holds[int(through[slot])].reason
+            state = "keeps its channel" if self.alive[origin] else self.reasons[int(self.pinned[origin])]
+            whose = owner(origin)
+            return f"{reason}, which {state}" if reason.endswith(f" {whose}") else f"{reason}, where {whose} {state}"
 
         return why
+
+
+def _joined(arrays: Iterable[IntArray]) -> IntArray:
+    return np.concatenate([np.zeros(0, np.int64), *arrays])
 
 
 def _fixed_modules(model: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -381,15 +479,15 @@ def _mapped(walk: _Walk, node: fx.Node, value: Value, function: Callable[[torch.
     known = ~np.isnan(value.constants)
     constants = np.where(known, found, np.nan)
     walk.pin(value, f"becomes infinite or undefined at {node.name}", known & ~np.isfinite(constants))
-    return _written(walk, node, value, constants)
+    return _written(walk, node, value, Value(value.slots, constants))
 
 
-def _written(walk: _Walk, node: fx.Node, value: Value, constants: FloatArray) -> Value:
-    """Return ``value`` with new ``constants``, keeping what changes under other readers of an overwritten tensor."""
+def _written(walk: _Walk, node: fx.Node, value: Value, result: Value) -> Value:
+    """Return ``result``, keeping what changes under other readers of a tensor that is overwritten with it."""
     if len(_input(node).users) > 1 and _in_place(walk, node):
-        changed = ~np.isnan(value.constants) & (constants != value.constants)
+        changed = ~np.isnan(value.constants) & (result.constants != value.constants)
         walk.pin(value, f"is overwritten at {node.name} while others read it", changed)
-    return Value(value.slots, constants)
+    return result
 
 
 def _in_place(walk: _Walk, node: fx.Node) -> bool:
@@ -481,18 +579,50 @@ def _size(walk: _Walk, node: fx.Node) -> Value | Reading | None:
 
 @_handles("call_function", operator.getitem)
 def _item(walk: _Walk, node: fx.Node) -> Value | None:
-    reading, index = walk.values.get(_input(node)), node.args[1]
-    if not isinstance(reading, Reading):
+    value, index = walk.values.get(_input(node)), node.args[1]
+    if isinstance(value, Value):
+        return _slice(walk, node, value)
+    if not isinstance(value, Reading):
         return walk.pin_reads(node, "feeds an indexing, which pyprune does not know")
-    if not isinstance(index, (int, slice)) or 1 in np.atleast_1d(np.arange(reading.ndim)[index]):
+    if not isinstance(index, (int, slice)) or 1 in np.atleast_1d(np.arange(value.ndim)[index]):
         return walk.pin_reads(node, f"has its number of channels read by {node.name}")
     return None
+
+
+def _slice(walk: _Walk, node: fx.Node, value: Value) -> Value | None:
+    """Slice space, as in x[:, :, ::2, ::2], and channels where the bounds are written out."""
+    index = ops.whole_batch_index(node, len(walk.shapes[_input(node)]))
+    if index is None or len(node.all_input_nodes) > 1:
+        return walk.pin_reads(node, "feeds an indexing, which pyprune does not know")
+    if any(_in_place(walk, user) for user in node.users):
+        walk.pin(value, f"is overwritten through {node.name}, a slice of it")
+    taken = np.arange(len(value.slots))[index[1]]
+    walk.slices[node.name] = Slice(value.slots, taken, index)
+    return Value(value.slots[taken], value.constants[taken])
+
+
+@_handles("call_function", *ops.PAD_FUNCTIONS)
+def _pad(walk: _Walk, node: fx.Node) -> Value | None:
+    """Pad space, and channels by a constant: those are new slots that nothing needs."""
+    value = walk.only(node)
+    padding = ops.padding(node, len(walk.shapes[_input(node)]))
+    if value is None or padding is None or min(padding.channels) < 0:
+        return walk.pin_reads(node, "feeds a padding that pyprune does not know")
+    if padding.mixes:
+        other = ~np.isnan(value.constants) & (value.constants != padding.value)
+        walk.pin(value, f"carries a constant into {node.name}, which pads with {padding.value:g}", other)
+    if not any(padding.channels):
+        return value
+    before, after = (walk.make(node.name, np.full(count, padding.value)) for count in padding.channels)
+    walk.pads[node.name] = Pad(before.slots, after.slots, len(walk.shapes[node]))
+    parts = (before, value, after)
+    return Value(np.concatenate([p.slots for p in parts]), np.concatenate([p.constants for p in parts]))
 
 
 @_handles("call_function", *ops.ADD_FUNCTIONS)
 @_handles("call_method", *ops.ADD_METHODS)
 def _add(walk: _Walk, node: fx.Node) -> Value | Reading | None:
-    """Tie two tensors channel by channel; adding a number, or a tensor to itself, maps the constants."""
+    """Add two tensors channel by channel; adding a number, or a tensor to itself, maps the constants."""
     if len(node.all_input_nodes) == 1 and walk.source(node) is not None:
         return _activation_function(walk, node)
     sources = node.all_input_nodes
@@ -501,5 +631,17 @@ def _add(walk: _Walk, node: fx.Node) -> Value | Reading | None:
     shapes = {tuple(walk.shapes.get(source, ())) for source in sources}
     if len(values) != 2 or len(shapes) != 1 or len(node.args) != 2 or node.kwargs:
         return walk.pin_reads(node, f"reaches {node.name}, an addition whose other side pyprune does not follow")
-    walk.joins.append((node.name, values[0].slots, values[1].slots))
-    return _written(walk, node, values[0], values[0].constants + values[1].constants)
+    first, second = values
+    result = walk.make(node.name, first.constants + second.constants)
+    walk.sums[node.name] = Sum((first.slots, second.slots), result.slots, len(walk.shapes[node]))
+    overwrites = _in_place(walk, node) and len(_input(node).users) > 1  # then it cannot be written anew
+    for side in values:
+        walk.holds.append(_Hold(side.slots, result.slots, f"reaches {node.name}"))
+        if walk.scatters and not overwrites:
+            carry = ~np.isnan(side.constants) & (side.constants != 0)
+            reason = f"carries a constant other than 0 into {node.name}"
+            walk.holds.append(_Hold(result.slots[carry], side.slots[carry], reason))
+        else:
+            walk.holds.append(_Hold(result.slots, side.slots, f"reaches {node.name}"))
+            walk.ties.append(walk.holds[-1])
+    return _written(walk, node, first, result)

@@ -7,10 +7,11 @@ and the result is compared with the masked network.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ from pyprune import channels as channel_walk
 from pyprune import graph as graphs
 from pyprune import measure
 from pyprune import operations as ops
-from pyprune.channels import BoolArray, Channels
+from pyprune.channels import BoolArray, Channels, Residual
+from pyprune.rewiring import Rewiring
 from pyprune.types import Analysis, Certificate, Compacted, IntArray, LayerAnalysis, Plan, Profile
 
 TOLERANCE = 1e-10
@@ -30,10 +32,17 @@ NATIVE_TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1
 """The same in the model's own type."""
 
 _MOST_IMAGES = 8  # of the example inputs in float64, where a large batch would cost minutes and prove no more
+_MOST_SPACE = 64  # rows and columns of theirs, for the same reason
 _SIZED = ops.CONVOLUTIONS | ops.NORMS | {nn.Linear, nn.PReLU}
 
 
-def analyse(model: nn.Module, plan: Plan, example_inputs: torch.Tensor | Sequence[torch.Tensor]) -> Analysis:
+def analyse(
+    model: nn.Module,
+    plan: Plan,
+    example_inputs: torch.Tensor | Sequence[torch.Tensor],
+    *,
+    residual: Residual = "scatter",
+) -> Analysis:
     """Say what :func:`compact` would remove, what would stay against the plan, and why.
 
     Parameters
@@ -44,19 +53,25 @@ def analyse(model: nn.Module, plan: Plan, example_inputs: torch.Tensor | Sequenc
         Layers that are not in it keep every filter.
     example_inputs
         What ``model(*example_inputs)`` takes: one tensor, or a tuple of them; the first dimension counts images.
+    residual
+        As for :func:`compact`.
 
     Returns
     -------
     Analysis
-        One row per convolution and linear layer that the network calls, in order.
+        One row per convolution and linear layer that the network calls, in order; and what coupling costs: how many
+        planned filters, and parameters in all, ``"intersect"`` keeps that ``"scatter"`` removes.
 
     Raises
     ------
     ValueError
-        If the plan does not fit the model, the model cannot be traced, or it does not accept the inputs.
+        If ``residual`` is unknown, the plan does not fit the model, the model cannot be traced, or it does not accept
+        the inputs.
     """
+    _check_residual("analyse", residual)
     with _undisturbed(model):
-        return _analysis(model, _decide("analyse", model, plan, _inputs("analyse", example_inputs), 1))
+        network = _Network("analyse", model, plan, _inputs("analyse", example_inputs), residual)
+        return _analysis(network, plan, _decide(network, plan, 1))
 
 
 def compact(
@@ -64,7 +79,7 @@ def compact(
     plan: Plan,
     example_inputs: torch.Tensor | Sequence[torch.Tensor],
     *,
-    residual: Literal["intersect"] = "intersect",
+    residual: Residual = "scatter",
     round_to: int = 1,
     verify: bool = True,
     latency: bool = True,
@@ -84,7 +99,11 @@ def compact(
     example_inputs
         What ``model(*example_inputs)`` takes: one tensor, or a tuple of them; the first dimension counts images.
     residual
-        What happens where branches are added: ``"intersect"`` removes a channel that every branch removes.
+        What happens where branches are added. ``"scatter"``: each branch computes only its own surviving filters and
+        is added into the stream by index; the stream loses the channels that every branch removes. ``"intersect"``:
+        branches, too, lose only what every branch removes; no indexed additions. ``"union"``, which is lossy: a
+        channel leaves if any branch removes it; the plan is extended accordingly, ``Compacted.beyond`` says by what,
+        and the proof is against the network masked by the extended plan.
     round_to
         Bring filters back, lowest index first and with the model's own weights, until each layer's number of
         filters is a multiple of this.
@@ -107,18 +126,26 @@ def compact(
     RuntimeError
         If the verification fails: then nothing is returned.
     """
-    if residual != "intersect":
-        raise ValueError(f'compact: residual must be "intersect"; got {residual!r}.')
+    _check_residual("compact", residual)
     if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
         raise ValueError(f"compact: round_to must be a positive whole number; got {round_to!r}.")
     inputs = _inputs("compact", example_inputs)
     with _undisturbed(model):
-        decision = _decide("compact", model, plan, inputs, round_to)
+        network = _Network("compact", model, plan, inputs, residual)
+        decision = _decide(network, plan, round_to)
         masked = _masked(model, decision.dead)
         slim = _rebuild(masked, decision)
         certificate = _verify(masked, slim, decision, inputs) if verify else _unverified(model)
-        before, after = _profiles(model, slim, decision, _copies(inputs), latency)
-    return Compacted(slim, certificate, plan, decision.kept, before, after, inputs)
+        del masked
+        before, after = _profiles(network, slim, decision, _copies(inputs), latency)
+    return Compacted(slim, certificate, plan, decision.kept, before, after, inputs, residual, decision.beyond)
+
+
+def _check_residual(who: str, residual: str) -> None:
+    modes = get_args(Residual)
+    if residual not in modes:
+        listed = ", ".join(f'"{mode}"' for mode in modes)
+        raise ValueError(f"{who}: residual must be one of {listed}; got {residual!r}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,9 +155,32 @@ class _Decision:
     graph: fx.Graph
     channels: Channels
     dead: Mapping[str, IntArray]
-    plan: Plan
+    given: Plan
+    plan: Plan  # what is carried out: extended by a union, or reduced by rounding
     kept: Mapping[str, Mapping[int, str]]
+    beyond: Mapping[str, IntArray]  # filters that leave although the given plan keeps them
     dropouts: frozenset[str]  # the nodes of functional dropout that follow the training flag
+
+
+class _Network:
+    """A traced model, the shapes of its tensors, and what the walks say under a plan."""
+
+    def __init__(self, who: str, model: nn.Module, plan: Plan, inputs: tuple[torch.Tensor, ...], residual: Residual):
+        graphs.check_plan(who, model, plan)
+        self.model, self.residual = model, residual
+        self.graph = graphs.trace(model, who)
+        self.shapes = _shapes(who, model, self.graph, inputs)
+        self.images = len(inputs[0])
+
+    def walk(
+        self, plan: Plan, residual: Residual | None = None
+    ) -> tuple[dict[str, IntArray], dict[str, dict[int, str]], Channels]:
+        """Return what a mask zeroes, which filters no mask can silence, and which channels leave."""
+        dead, stays = graphs.follow_masks(self.model, plan, self.graph)
+        return dead, stays, self.follow(dead, residual)
+
+    def follow(self, dead: Mapping[str, IntArray], residual: Residual | None = None) -> Channels:
+        return channel_walk.follow(self.model, self.graph, self.shapes, dead, residual or self.residual)
 
 
 @contextmanager
@@ -157,22 +207,70 @@ def _copies(inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return tuple(one.detach().clone() for one in inputs)
 
 
-def _decide(who: str, model: nn.Module, plan: Plan, inputs: tuple[torch.Tensor, ...], round_to: int) -> _Decision:
-    """Trace, follow the channels, and bring filters back until every number of filters is a multiple."""
-    graphs.check_plan(who, model, plan)
-    graph = graphs.trace(model, who)
-    shapes = _shapes(who, model, graph, inputs)
-    wanted = plan
+def _decide(network: _Network, plan: Plan, round_to: int) -> _Decision:
+    """Follow the channels, and bring filters back until every number of filters is a multiple."""
+    model = network.model
+    wanted = _united(network, plan) if network.residual == "union" else plan
     while True:
-        dead, stays = graphs.follow_masks(model, wanted, graph)
-        channels = channel_walk.follow(model, graph, shapes, dead)
+        dead, stays, channels = network.walk(wanted)
         back = _to_bring_back(channels, round_to)
         if not back:
             break
         keep = {**wanted.keep, **{name: np.union1d(wanted.keep[name], sorted(more)) for name, more in back.items()}}
         wanted = Plan(keep)
     kept = _kept(model, plan, wanted, channels, stays, f"makes the number of filters a multiple of {round_to}")
-    return _Decision(graph, channels, dead, wanted, kept, _training_dropouts(model, graph))
+    beyond = _beyond(plan, channels) if network.residual == "union" else {}
+    return _Decision(
+        network.graph, channels, dead, plan, wanted, kept, beyond, _training_dropouts(model, network.graph)
+    )
+
+
+def _united(network: _Network, plan: Plan) -> Plan:
+    """Return ``plan`` extended until every producer of a joined channel removes what one of them removes.
+
+    Joined channels that would stay all the same, say because they are an output, are left as they are. A layer that
+    would lose every filter keeps the one that most branches keep.
+    """
+    channels, layers = network.walk(plan)[2], graphs.convolutions(network.model)
+    classes = {name: channels.tied[first : first + channels.filters[name]] for name, first in channels.first.items()}
+    stuck: set[int] = {int(one) for name, tied in classes.items() if name not in layers for one in tied}
+    while True:
+        united = _extended(plan, {name: tied for name, tied in classes.items() if name in layers}, stuck)
+        after = network.walk(united)[2]
+        lost = {
+            int(classes[name][index])
+            for name, kept in united.keep.items()
+            if name in classes
+            for index in np.setdiff1d(np.flatnonzero(~after.leaving(name)), kept)
+        }
+        if lost <= stuck:
+            return united
+        stuck |= lost
+
+
+def _extended(plan: Plan, classes: Mapping[str, IntArray], stuck: set[int]) -> Plan:
+    """Return ``plan`` without every filter of a class that it removes one of; ``stuck`` classes are left alone."""
+    votes: Counter[int] = Counter()
+    for name, kept in plan.keep.items():
+        votes.update(np.delete(classes[name], kept).tolist() if name in classes else ())
+    left_alone = set(stuck)
+    while True:
+        keep = dict(plan.keep)
+        for name, tied in classes.items():
+            stays = [i for i, one in enumerate(tied.tolist()) if votes[one] == 0 or one in left_alone]
+            if len(stays) < len(tied):
+                keep[name] = np.intersect1d(plan.keep.get(name, np.arange(len(tied))), stays)
+        empty = next((name for name, kept in keep.items() if not len(kept)), None)
+        if empty is None:
+            return Plan(keep)
+        left_alone.add(min(classes[empty][plan.keep[empty]].tolist(), key=lambda one: votes[one]))
+
+
+def _beyond(plan: Plan, channels: Channels) -> dict[str, IntArray]:
+    """Return the filters that leave although ``plan`` keeps them."""
+    kept = {name: plan.keep.get(name, np.arange(count)) for name, count in channels.filters.items()}
+    found = {name: filters[channels.leaving(name)[filters]] for name, filters in kept.items()}
+    return {name: filters for name, filters in found.items() if len(filters)}
 
 
 def _training_dropouts(model: nn.Module, graph: fx.Graph) -> frozenset[str]:
@@ -277,6 +375,10 @@ def _rebuild(masked: nn.Module, decision: _Decision) -> fx.GraphModule:
         if node.op == "get_attr":
             parts[str(node.target)] = _attribute(masked, parts, str(node.target), memo)
     _name_dropouts(graph, parts, decision.dropouts)
+    taken = {path.partition(".")[0] for path in parts}
+    rewiring = Rewiring(graph, decision.channels, taken, measure.model_device(masked), _is_last(masked))
+    rewiring.rewire()
+    parts |= rewiring.indices
     title = type(masked).__name__
     return _module(graph, parts, title if title.startswith("Slim") else f"Slim{title}", masked)
 
@@ -302,6 +404,12 @@ def _name_dropouts(graph: fx.Graph, parts: dict[str, Any], follow: frozenset[str
                 name += "_"
             parts[name] = ops.DROPOUT_MODULES[node.target](ops.argument(node, 1, "p", 0.5))
             node.op, node.target, node.args, node.kwargs = "call_module", name, (node.all_input_nodes[0],), {}
+
+
+def _is_last(model: nn.Module) -> bool:
+    """Say whether the weights of ``model`` have their channels last in memory."""
+    kernels = [one for one in model.parameters() if one.ndim == 4 and not one.is_contiguous()]
+    return any(_memory_format(one) == torch.channels_last for one in kernels)
 
 
 def _attribute(masked: nn.Module, parts: Mapping[str, Any], target: str, memo: dict[int, Any]) -> Any:
@@ -401,26 +509,87 @@ def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _verify(masked: nn.Module, slim: nn.Module, decision: _Decision, inputs: tuple[torch.Tensor, ...]) -> Certificate:
-    """Compare slim and masked in float64 with randomised norms, then as they are in their own type."""
+def _verify(
+    masked: nn.Module, slim: fx.GraphModule, decision: _Decision, inputs: tuple[torch.Tensor, ...]
+) -> Certificate:
+    """Compare slim and masked as they are in their own type, then in float64 with randomised norms.
+
+    ``masked`` is used up: it gets random norms. Only the layer that is running is held in float64.
+    """
     device = measure.model_device(masked)
-    generator = torch.Generator().manual_seed(0)
-    exact = copy.deepcopy(masked).to("cpu" if device.type == "mps" else device).double().eval()
-    _randomise(exact, generator)
-    _zero(exact, decision.dead)
-    exact_slim = _rebuild(exact, decision)
-    words, worst = [], 0.0
-    for word, batch in _batches(inputs, generator, exact):
-        words.append(word)
-        worst = max(worst, _difference(_outputs(exact_slim, batch), _outputs(exact, batch)))
-    _check("in float64", worst, TOLERANCE)
-    dtype = _dtype(masked)
+    dtype, generator = _dtype(masked), torch.Generator().manual_seed(0)
     limit = NATIVE_TOLERANCES.get(dtype, 5e-2)
     masked.eval()
     with measure.running(slim):
         native = _difference(_outputs(slim, inputs), _outputs(masked, inputs))
+    if device.type == "mps":  # has no float64
+        masked.cpu()
+    _randomise(masked, generator)
+    _zero(masked, decision.dead)
+    words, worst = [], 0.0
+    with _in_float64(masked, decision.graph):
+        slimmed = _Slimmed(slim, masked, decision.channels)
+        for word, batch, expected in _compared(inputs, generator, masked):
+            words.append(word)
+            worst = max(worst, _difference(_tensors(slimmed.run(*_copies(batch))), expected))
+    _check("in float64", worst, TOLERANCE)
     _check(f"in {_plain(dtype)}", native, limit)
     return Certificate(True, tuple(words), worst, TOLERANCE, _plain(dtype), native, limit)
+
+
+@contextmanager
+def _in_float64(model: nn.Module, graph: fx.Graph) -> Iterator[None]:
+    """Let every layer compute in float64, its tensors converted when it is called and put back when it has run.
+
+    A model that reads parameters outside their layers is converted as a whole instead.
+    """
+    if any(node.op == "get_attr" for node in graph.nodes):
+        model.double()
+        yield
+        return
+    layers = {model.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
+    own: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def widen(layer: nn.Module, _: Any) -> None:
+        own[layer] = [(one, one.data) for one in (*layer.parameters(), *layer.buffers()) if one.is_floating_point()]
+        for one, data in own[layer]:
+            one.data = data.double()
+
+    def restore(layer: nn.Module, *_: Any) -> None:
+        for one, data in own.pop(layer):
+            one.data = data
+
+    handles = [layer.register_forward_pre_hook(widen, prepend=True) for layer in layers]
+    handles += [layer.register_forward_hook(restore, always_call=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Slimmed(fx.Interpreter):
+    """The slim network in float64: each layer is cut from the masked one when it runs, and dropped."""
+
+    def __init__(self, slim: fx.GraphModule, masked: nn.Module, channels: Channels) -> None:
+        super().__init__(slim)
+        self.masked, self.channels = dict(masked.named_modules()), channels
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Run one layer."""
+        layer = self.masked.get(target)
+        if layer is None:  # a functional dropout that follows the training flag, and this is eval mode
+            return args[0]
+        if not [*layer.parameters(), *layer.buffers()]:
+            return layer(*args, **kwargs)
+        return _cut(target, copy.deepcopy(layer).double(), self.channels, {})(*args, **kwargs)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return a tensor that the network reads directly: the masked network's own, or an index."""
+        owner, _, leaf = target.rpartition(".")
+        if hasattr(self.masked.get(owner), leaf):
+            return getattr(self.masked[owner], leaf)
+        return super().get_attr(target, args, kwargs).to(measure.model_device(self.masked[""]))
 
 
 def _check(where: str, difference: float, limit: float) -> None:
@@ -458,40 +627,53 @@ def _randomise(model: nn.Module, generator: torch.Generator) -> None:
                     tensor.copy_(uniform(tensor, *ranges[leaf]))
 
 
-def _batches(
+def _compared(
     inputs: tuple[torch.Tensor, ...], generator: torch.Generator, model: nn.Module
-) -> Iterator[tuple[str, tuple[torch.Tensor, ...]]]:
-    """Yield the example inputs and two random batches of different sizes in float64, as far as ``model`` takes them."""
-    images = len(inputs[0])
-    shown = images
-    if images > _MOST_IMAGES and _accepts(model, _resized(inputs, _MOST_IMAGES, model)):
-        shown = _MOST_IMAGES
-    first = "" if shown == images else f"first {shown} of "
-    yield f"example inputs ({first}{images} images)", _resized(inputs, shown, model)
+) -> Iterator[tuple[str, tuple[torch.Tensor, ...], list[torch.Tensor]]]:
+    """Yield what is compared in float64, in words and numbers, and what ``model`` makes of it.
+
+    These are the example inputs and two random batches of different sizes, few and small images where it takes them.
+    """
+    images, space = len(inputs[0]), max([0, *(max(one.shape[2:]) for one in inputs if one.ndim == 4)])
+    sizes = [_MOST_SPACE, space] if space > _MOST_SPACE else [space]
+    batches = [(count, size) for size in sizes for count in sorted({min(images, _MOST_IMAGES), images})]
+    for count, size in batches:
+        batch = _resized(inputs, count, size, model)
+        expected = _outputs(model, batch) if (count, size) == batches[-1] else _accepted(model, batch)
+        if expected is not None:
+            break
+    first = "" if count == images else f"first {count} of "
+    crop = "" if size == space else f", cropped to {size} x {size}"
+    yield f"example inputs ({first}{images} images{crop})", batch, expected or []
     few = min(images, 2)
     for count in (few, few + 1):
-        batch = _resized(inputs, count, model, generator)
-        if _accepts(model, batch):
-            yield f"normal random inputs ({count} images)", batch
+        batch = _resized(inputs, count, size, model, generator)
+        expected = _accepted(model, batch)
+        if expected is not None:
+            yield f"normal random inputs ({count} images)", batch, expected
 
 
-def _accepts(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> bool:
-    """Say whether ``model`` takes ``batch``: some networks have the number of images written into them."""
+def _accepted(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> list[torch.Tensor] | None:
+    """Return what ``model`` makes of ``batch``; ``None`` if it does not take it: some expect one size of batch."""
     try:
-        model(*_copies(batch))
+        return _outputs(model, batch)
     except Exception:
-        return False
-    return True
+        return None
 
 
 def _resized(
-    inputs: tuple[torch.Tensor, ...], count: int, model: nn.Module, generator: torch.Generator | None = None
+    inputs: tuple[torch.Tensor, ...], count: int, size: int, model: nn.Module, generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, ...]:
-    """Return ``count`` images of the inputs in float64, random ones if there is a generator; whole numbers repeat."""
+    """Return ``count`` images in float64, cropped to ``size``, random ones if there is a generator.
+
+    Tensors of whole numbers are repeated instead.
+    """
     device, images = measure.model_device(model), len(inputs[0])
 
     def resized(one: torch.Tensor) -> torch.Tensor:
         rows = count if len(one) == images else len(one)
+        if one.ndim == 4:
+            one = one[:, :, :size, :size]
         if generator is not None and one.is_floating_point():
             return torch.randn((rows, *one.shape[1:]), generator=generator, dtype=torch.float64).to(device)
         rest = one[torch.arange(rows, device=one.device) % len(one)].to(device)
@@ -528,17 +710,14 @@ def _difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> floa
 
 
 def _profiles(
-    model: nn.Module, slim: nn.Module, decision: _Decision, inputs: tuple[torch.Tensor, ...], latency: bool
+    network: _Network, slim: nn.Module, decision: _Decision, inputs: tuple[torch.Tensor, ...], latency: bool
 ) -> tuple[Profile, Profile]:
     """Return what both networks cost; HRank's convention counts the slim one from the filters that are left."""
-    before = measure.profile(model, inputs, latency=False)
-    after = measure.profile(slim, inputs, latency=False)
-    left = {
-        name: np.flatnonzero(~decision.channels.leaving(name))
-        for name in decision.plan.keep
-        if name in decision.channels.filters
-    }
-    counted = measure.profile(model, inputs, plan=Plan(left), latency=False)
+    model, channels = network.model, decision.channels
+    positions, images = _positions(network), network.images  # those of the slim network are the same
+    left = {name: int((~channels.leaving(name)).sum()) for name in decision.plan.keep if name in channels.filters}
+    before, after = measure.counted(model, positions, images), measure.counted(slim, positions, images)
+    counted = measure.counted(model, positions, images, left)
     after = replace(after, hrank_v1_parameters=counted.hrank_v1_parameters, hrank_v1_macs=counted.hrank_v1_macs)
     if latency:
         times = measure.latencies([model, slim], inputs)
@@ -546,35 +725,66 @@ def _profiles(
     return before, after
 
 
-def _analysis(model: nn.Module, decision: _Decision) -> Analysis:
-    """Return the counts of every layer, from the decision alone: nothing is built."""
-    channels, layers = decision.channels, []
+def _analysis(network: _Network, plan: Plan, decision: _Decision) -> Analysis:
+    """Return the counts of every layer, from the walks alone: nothing is built."""
+    dead = graphs.follow_masks(network.model, plan, network.graph)[0]
+    apart, together = network.follow(dead, "scatter"), network.follow(dead, "intersect")
+    layers = tuple(
+        _layer(name, module, decision, int((apart.leaving(name) & ~together.leaving(name)).sum()))
+        for name, module in network.model.named_modules()
+        if name in decision.channels.filters
+    )
+    saved = {channels: _saved(network.model, channels) for channels in (apart, together, decision.channels)}
+    total = sum(one.numel() for one in network.model.parameters())
+    return Analysis(layers, total, total - saved[decision.channels], network.residual, saved[apart] - saved[together])
+
+
+def _saved(model: nn.Module, channels: Channels) -> int:
+    """Return how many parameters leave with the channels."""
     saved = 0
-    for name, module in model.named_modules():
-        if type(module) not in _SIZED or (name not in channels.filters and name not in channels.inputs):
-            continue
-        inputs = int(channels.leaving_inputs(name).sum()) if name in channels.inputs else 0
-        if name not in channels.filters:
-            saved += inputs * len(list(module.parameters()))
-            continue
-        layer = _layer(name, module, decision, inputs)
-        saved += layer.parameters - layer.parameters_left
-        layers.append(layer)
-    total = sum(one.numel() for one in model.parameters())
-    return Analysis(tuple(layers), total, total - saved)
+    for name in channels.filters.keys() | channels.inputs.keys():
+        module = model.get_submodule(name)
+        if name in channels.filters:
+            saved += _weights(module) - _weights_left(name, module, channels)
+        else:
+            saved += int(channels.leaving_inputs(name).sum()) * len(list(module.parameters()))
+    return saved
 
 
-def _layer(name: str, module: Any, decision: _Decision, inputs_gone: int) -> LayerAnalysis:
-    weight, channels = module.weight, decision.channels
-    outputs, inputs = int(weight.shape[0]), int(weight.shape[1])
-    removed = int(channels.leaving(name).sum())
-    kernel = weight[0, 0].numel()
-    bias = 0 if module.bias is None else 1
+def _weights(module: Any) -> int:
+    return int(module.weight.numel()) + (0 if module.bias is None else int(module.bias.numel()))
+
+
+def _weights_left(name: str, module: Any, channels: Channels) -> int:
+    """Return how many weights and biases the layer is left with; folded constants make a bias."""
     read = channels.inputs.get(name)
-    folds = read is not None and bool(read.constants[channels.leaves[read.slots]].any())
-    left = (outputs - removed) * ((inputs - inputs_gone) * kernel + max(bias, int(folds)))
-    planned = outputs - len(decision.plan.keep[name]) if name in decision.plan.keep else 0
+    gone = np.zeros(0, np.bool_) if read is None else channels.leaving_inputs(name)
+    folds = read is not None and bool(read.constants[gone].any())
+    inputs = int(module.weight.shape[1]) - int(gone.sum())
+    outputs = int((~channels.leaving(name)).sum())
+    return outputs * (inputs * int(module.weight[0, 0].numel()) + int(module.bias is not None or folds))
+
+
+def _layer(name: str, module: Any, decision: _Decision, coupled: int) -> LayerAnalysis:
+    channels = decision.channels
+    outputs, inputs = (int(size) for size in module.weight.shape[:2])
+    gone = int(channels.leaving_inputs(name).sum()) if name in channels.inputs else 0
+    planned = outputs - len(decision.given.keep[name]) if name in decision.given.keep else 0
     return LayerAnalysis(
-        name, type(module).__name__, outputs, planned, removed, inputs, inputs - inputs_gone,
-        outputs * (inputs * kernel + bias), left, decision.kept.get(name, {}),
+        name, type(module).__name__, outputs, planned, int(channels.leaving(name).sum()), inputs, inputs - gone,
+        _weights(module), _weights_left(name, module, channels), decision.kept.get(name, {}), coupled,
+        tuple(decision.beyond.get(name, np.zeros(0, np.int64)).tolist()),
     )  # fmt: skip
+
+
+def _positions(network: _Network) -> dict[str, int]:
+    """Return the positions of an image's map at which each layer's weights were applied, over all its calls."""
+    found: Counter[str] = Counter()
+    for node in network.graph.nodes:
+        module = network.model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, measure.Counted):
+            seen = node.all_input_nodes[0] if isinstance(module, measure.Transposed) else node
+            shape = network.shapes[seen]
+            values = shape[-1] if isinstance(module, nn.Linear) else shape[1]
+            found[str(node.target)] += shape.numel() // (network.images * values)
+    return found

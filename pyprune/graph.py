@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import keyword
+import operator
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
@@ -165,15 +166,17 @@ def unmaskable(model: nn.Module, plan: Plan, who: str = "unmaskable") -> dict[st
 
 
 def follow_masks(
-    model: nn.Module, plan: Plan, graph: fx.Graph
+    model: nn.Module, plan: Plan, graph: fx.Graph, *, zeroed: bool = False
 ) -> tuple[dict[str, IntArray], dict[str, dict[int, str]]]:
     """Return what :func:`dead_slices` and :func:`unmaskable` return, for a checked plan and a graph traced before.
 
-    The walk is repeated until no further filter turns out to be unmaskable: each may revive a norm's slice.
+    The walk is repeated until no further filter turns out to be unmaskable: each may revive a norm's slice. With
+    ``zeroed``, for a model that was masked before, filters that reach a norm's slice that is not zero already are
+    unmaskable too.
     """
     stays: dict[str, dict[int, str]] = {}
     while True:
-        walk = _MaskWalk(model, plan, stays)
+        walk = _MaskWalk(model, plan, stays, zeroed)
         walk.follow(graph)
         if not walk.found:
             return walk.slices(), stays
@@ -183,9 +186,9 @@ def follow_masks(
 
 @dataclass(frozen=True, eq=False)
 class _Stream:
-    """A tensor between two mixing operations: which channels are zero, and whose filters each channel comes from."""
+    """A tensor between two mixing operations: what each channel comes from, and whether nothing alive is among it."""
 
-    dead: npt.NDArray[np.bool_]  # [C]
+    dead: npt.NDArray[np.bool_]  # [C]; padded channels too, which no filter owns
     owners: tuple[tuple[str, IntArray], ...]  # a layer and, for each channel, its filter there or -1
     ndim: int  # of the tensor; 2 after flattening
     flat: bool = False  # each channel stands for a run of columns of unknown length
@@ -194,11 +197,25 @@ class _Stream:
         owners = tuple((name, filters[channels]) for name, filters in self.owners)
         return replace(self, dead=self.dead[channels], owners=owners)
 
+    def padded(self, before: int, after: int) -> _Stream:
+        """Return the stream with channels around it that belong to no filter."""
+        widths = (before, after)
+        owners = tuple((name, np.pad(filters, widths, constant_values=-1)) for name, filters in self.owners)
+        return replace(self, dead=np.pad(self.dead, widths, constant_values=True), owners=owners)
+
+    def owned(self) -> npt.NDArray[np.bool_]:
+        """Return [C] which channels come from any filter at all: without one there is nothing to mask."""
+        owned = np.zeros(len(self.dead), np.bool_)
+        for _, filters in self.owners:
+            owned |= filters >= 0
+        return owned
+
 
 class _MaskWalk:
     """One pass over the graph, with the removed filters that are not known to be unmaskable taken as zero."""
 
-    def __init__(self, model: nn.Module, plan: Plan, stays: dict[str, dict[int, str]]) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, stays: dict[str, dict[int, str]], zeroed: bool) -> None:
+        self.zeroed = zeroed
         self.modules = dict(model.named_modules())
         self.tied = tied_parameters(model)
         self.removed = {name: self._removed(name, kept, stays.get(name, {})) for name, kept in plan.keep.items()}
@@ -272,6 +289,12 @@ class _MaskWalk:
             return stream if keeps else replace(stream, ndim=stream.ndim - len(dims))
         if node.target in ops.SCALAR_FUNCTIONS:
             return stream if len(node.all_input_nodes) == 1 else None
+        if node.target is operator.getitem:
+            index = None if stream.flat else ops.whole_batch_index(node, stream.ndim)
+            return None if index is None else stream.at(np.arange(len(stream.dead))[index[1]])
+        if node.target in ops.PAD_FUNCTIONS:
+            padding = None if stream.flat else ops.padding(node, stream.ndim)
+            return None if padding is None or min(padding.channels) < 0 else stream.padded(*padding.channels)
         same = node.target in ops.ACTIVATION_METHODS | ops.SAME_METHODS
         known = same if node.op == "call_method" else node.target in ops.CHANNELWISE_FUNCTIONS
         return stream if known else None
@@ -308,6 +331,10 @@ class _MaskWalk:
         if stream.flat:  # the norm's own size says how long each channel's run of columns is
             run = module.num_features // len(stream.dead)
             stream = replace(stream.at(np.repeat(np.arange(len(stream.dead)), run)), flat=False)
+        stream = replace(stream, dead=stream.dead & stream.owned())
+        if self.zeroed and len(stream.dead) == module.num_features:
+            alive = ((module.weight != 0) | (module.bias != 0)).cpu().numpy()
+            self._revive(replace(stream, dead=stream.dead & alive), f"reaches {name}, whose slice is not zero")
         self.norms[name].append(stream if len(stream.dead) == module.num_features else None)
         return self.norms[name][-1]
 
@@ -330,12 +357,10 @@ class _MaskWalk:
         streams = [stream for stream in found if stream is not None]
         if ops.argument(node, 1, "dim", 0) != 1 or len(streams) != len(found) or any(s.flat for s in streams):
             return None
-        owners = []
-        for i, stream in enumerate(streams):
-            before = sum(len(s.dead) for s in streams[:i])
-            after = sum(len(s.dead) for s in streams[i + 1 :])
-            owners += [(name, np.pad(filters, (before, after), constant_values=-1)) for name, filters in stream.owners]
-        return replace(streams[0], dead=np.concatenate([s.dead for s in streams]), owners=tuple(owners))
+        sizes = [len(stream.dead) for stream in streams]
+        parts = [stream.padded(sum(sizes[:i]), sum(sizes[i + 1 :])) for i, stream in enumerate(streams)]
+        owners = tuple(owner for part in parts for owner in part.owners)
+        return replace(streams[0], dead=np.concatenate([s.dead for s in streams]), owners=owners)
 
 
 def kind_without_statistics(module: nn.Module) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -272,6 +273,35 @@ def profile(
     counts = _run_and_count(model, inputs)
     leaving = None if plan is None else _leaving(model, inputs, plan)
     keep = {} if plan is None else {name: len(kept) for name, kept in plan.keep.items()}
+    found = _summed(model, counts, len(inputs[0]), keep, leaving)
+    return replace(found, latency_ms=latencies([model], inputs)[0]) if latency else found
+
+
+def counted(
+    model: nn.Module, positions: Mapping[str, int], images: int, kept: Mapping[str, int] | None = None
+) -> Profile:
+    """Return what :func:`profile` counts, without running ``model``.
+
+    Parameters
+    ----------
+    model
+        Any network.
+    positions
+        For each layer by name, the positions of one image's map that its weights are applied at.
+    images
+        The number of images of the batch, only noted.
+    kept
+        How many filters ``hrank_v1`` is to count, for layers that lose some.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Counted)}
+    counts = [_Count(name, module, positions.get(name, 0)) for name, module in layers.items()]
+    return _summed(model, counts, images, kept or {}, None)
+
+
+def _summed(
+    model: nn.Module, counts: list[_Count], images: int, keep: Mapping[str, int], leaving: channels.Channels | None
+) -> Profile:
+    """Add up what the layers cost."""
     full = [_layer(count, _full_width(count.module)) for count in counts]
     layers = tuple(_layer(count, _width(count, leaving)) for count in counts)
     others = sum(parameter.numel() for parameter in model.parameters()) - sum(layer.parameters for layer in full)
@@ -280,10 +310,10 @@ def profile(
         macs=sum(layer.macs for layer in layers),
         hrank_v1_parameters=sum(_hrank(count, keep).parameters for count in counts),
         hrank_v1_macs=sum(_hrank(count, keep).macs for count in counts),
-        latency_ms=latencies([model], inputs)[0] if latency else None,
+        latency_ms=None,
         device=device_name(model_device(model)),
         layers=layers,
-        batch=len(inputs[0]),
+        batch=images,
     )
 
 
@@ -394,7 +424,7 @@ def _layer(count: _Count, width: _Width) -> LayerCount:
     )
 
 
-def _hrank(count: _Count, keep: dict[str, int]) -> LayerCount:
+def _hrank(count: _Count, keep: Mapping[str, int]) -> LayerCount:
     """Count one layer by ``hrank_v1``: kept filters at full input width, biases of linear layers in the MACs."""
     full = _full_width(count.module)
     layer = _layer(count, _Width(full.inputs, keep.get(count.name, full.outputs)))

@@ -7,6 +7,7 @@ nobody understands, so nothing is removed across it.
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -85,6 +86,9 @@ CAT_FUNCTIONS: dict[Any, str] = {torch.cat: "torch.cat", torch.concat: "torch.co
 FLATTEN_FUNCTIONS: dict[Any, str] = {torch.flatten: "torch.flatten"}
 MEAN_FUNCTIONS: dict[Any, str] = {torch.mean: "torch.mean"}
 RESHAPE_METHODS = frozenset({"view", "reshape"})
+PAD_FUNCTIONS: dict[Any, str] = {F.pad: "F.pad"}
+INDEX_FUNCTIONS: dict[Any, str] = {torch.index_add: "torch.index_add", torch.index_select: "torch.index_select"}
+"""What compaction writes where branches have different channels."""
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
@@ -151,3 +155,47 @@ def spatial_mean(node: fx.Node, ndim: int) -> list[int] | None:
         return None
     found = sorted(dim % ndim for dim in listed)
     return found if found and found[0] >= 2 else None
+
+
+def whole_batch_index(node: fx.Node, ndim: int) -> tuple[slice, ...] | None:
+    """Return x[...] as one slice a dimension, the first taking the batch whole; ``None`` if it is anything else."""
+    index: Any = node.args[1]
+    items = list(index) if isinstance(index, tuple) else [index]
+    places = [i for i, item in enumerate(items) if item is ...]
+    if len(places) == 1:
+        items[places[0] : places[0] + 1] = [slice(None)] * (ndim - len(items) + 1)
+    items += [slice(None)] * (ndim - len(items))
+    if len(items) != ndim or ndim < 2 or not all(_is_literal_slice(item) for item in items):
+        return None
+    return tuple(items) if items[0] in (slice(None), slice(None, None, 1)) else None
+
+
+def _is_literal_slice(item: Any) -> bool:
+    if not isinstance(item, slice):
+        return False
+    return all(end is None or type(end) is int for end in (item.start, item.stop, item.step))
+
+
+@dataclass(frozen=True)
+class Padding:
+    """What F.pad does: channels added before and after, the value, and whether that value meets others in space."""
+
+    channels: tuple[int, int]
+    value: float
+    mixes: bool
+
+
+def padding(node: fx.Node, ndim: int) -> Padding | None:
+    """Return what a call of F.pad pads, or ``None`` if it is not written out or reaches beyond the channels."""
+    widths, mode = argument(node, 1, "pad"), argument(node, 2, "mode", "constant")
+    value = argument(node, 3, "value", None) or 0
+    if not isinstance(widths, (list, tuple)) or not all(type(width) is int for width in widths):
+        return None
+    if len(widths) % 2 or type(value) not in (int, float):
+        return None
+    pairs = [(widths[i], widths[i + 1]) for i in range(0, len(widths), 2)]  # the last dimension comes first
+    space, rest = pairs[: ndim - 2], pairs[ndim - 2 :]
+    if any(width for pair in rest[1:] for width in pair) or (mode != "constant" and rest):
+        return None
+    grows = any(width > 0 for pair in space for width in pair)
+    return Padding(rest[0] if rest else (0, 0), float(value), grows and mode == "constant")

@@ -454,7 +454,8 @@ class LayerAnalysis:
 
     ``kept`` maps a filter that the plan removes and that stays all the same to the reason. ``inputs`` and
     ``inputs_left`` count the input channels before and after, ``parameters`` and ``parameters_left`` the weights
-    and biases.
+    and biases. ``coupled`` counts the planned filters that ``residual="intersect"`` would keep because another branch
+    keeps the channel, and ``"scatter"`` removes; ``beyond`` lists what a lossy ``"union"`` removes beyond the plan.
     """
 
     name: str
@@ -467,18 +468,29 @@ class LayerAnalysis:
     parameters: int
     parameters_left: int
     kept: Mapping[int, str]
+    coupled: int = 0
+    beyond: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Analysis:
     """What compaction would do, layer by layer; ``print`` shows it as a table.
 
-    ``parameters`` and ``parameters_left`` count the whole network, norms included.
+    ``parameters`` and ``parameters_left`` count the whole network, norms included. ``parameters_coupled`` is how many
+    more ``residual="intersect"`` keeps than ``"scatter"``, because branches that are added have to keep the same
+    channels.
     """
 
     layers: tuple[LayerAnalysis, ...]
     parameters: int
     parameters_left: int
+    residual: str = "scatter"
+    parameters_coupled: int = 0
+
+    @property
+    def lossy(self) -> bool:
+        """Whether filters leave that the plan keeps."""
+        return any(layer.beyond for layer in self.layers)
 
     FORMAT = "pyprune.analysis"
     VERSION = 1
@@ -488,7 +500,8 @@ class Analysis:
         layers = [{**asdict(layer), "kept": {str(i): why for i, why in layer.kept.items()}} for layer in self.layers]
         return {
             "format": self.FORMAT, "version": self.VERSION, "parameters": self.parameters,
-            "parameters_left": self.parameters_left, "layers": layers,
+            "parameters_left": self.parameters_left, "residual": self.residual, "lossy": self.lossy,
+            "parameters_coupled": self.parameters_coupled, "layers": layers,
         }  # fmt: skip
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -506,7 +519,16 @@ class Analysis:
             )
             for why, filters in _grouped(layer.kept).items():
                 lines.append(f"{'':{wide}}  kept {len(filters)} ({_listed(filters)}): {why}")
+            if layer.beyond:
+                lines.append(f"{'':{wide}}  removed beyond the plan {len(layer.beyond)} ({_listed(layer.beyond)})")
         lines.append(f"parameters in all: {self.parameters:,} > {self.parameters_left:,}")
+        if coupled := sum(layer.coupled for layer in self.layers):
+            lines.append(
+                f"coupling: {coupled} planned filters have a channel that another branch keeps; "
+                f"intersect would keep them, {self.parameters_coupled:,} parameters more than scatter"
+            )
+        if self.lossy:
+            lines.append("lossy: the network will differ from the one that the plan masks")
         return "\n".join(lines)
 
 
@@ -546,7 +568,9 @@ class Compacted:
 
     ``model`` is the slim ``nn.Module``; ``kept`` says for each layer which filters stay against the plan, and why:
     ``{layer: {filter: reason}}``. ``before`` and ``after`` are profiles of the original and the slim network on
-    ``example_inputs``, their latencies measured interleaved.
+    ``example_inputs``, their latencies measured interleaved. ``residual`` says what happened where branches are added;
+    under ``"union"`` the certificate is about the network masked by the plan and ``beyond``, the filters that left
+    although the plan keeps them: ``{layer: filters}``.
     """
 
     model: nn.Module
@@ -556,6 +580,13 @@ class Compacted:
     before: Profile
     after: Profile
     example_inputs: tuple[torch.Tensor, ...]
+    residual: str = "scatter"
+    beyond: Mapping[str, IntArray] = field(default_factory=dict)
+
+    @property
+    def lossy(self) -> bool:
+        """Whether filters left that the plan keeps."""
+        return bool(self.beyond)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import pyprune
 PACKAGE = Path(pyprune.__file__).parent
 BASE = {
     "types", "files", "progress", "machine", "ops", "_core", "models", "data", "measure",  # for everyone
-    "graph", "operations", "channels",  # the traced network
+    "graph", "operations", "channels", "rewiring",  # the traced network
     "features", "sampling", "clustering", "slimfile", "slimsource",  # parts of one stage each
 }  # fmt: skip
 KNOWS_THE_ORDER = {"__init__", "pipeline", "demo", "cli"}

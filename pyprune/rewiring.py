@@ -1,0 +1,128 @@
+"""What happens between the layers of a slim network: sums of different channels, paddings and slices of channels.
+
+A sum of branches that kept different channels becomes an indexed addition: the branch is added into the stream at
+the places that its channels have there. ``torch.index_add`` costs what a plain sum of the full width does, and less
+than every other exact form that was measured (a table stands in docs/compaction.md); with channels last it is used
+along the last dimension, where it is five times faster and keeps the memory format.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from pyprune import operations as ops
+from pyprune.channels import BoolArray, Channels, Pad, Slice, Sum
+from pyprune.types import IntArray
+
+
+class Rewiring:
+    """One slim graph in the making; ``indices`` are the tensors that it reads, by the name they must get.
+
+    Parameters
+    ----------
+    graph
+        A copy of the graph that was walked, with the same node names; it is changed.
+    channels
+        What the walk found.
+    taken
+        Names of modules, which no index may have.
+    device
+        Where the indices lie.
+    channels_last
+        Whether the network's weights are in that memory format.
+    """
+
+    def __init__(
+        self, graph: fx.Graph, channels: Channels, taken: set[str], device: torch.device, channels_last: bool
+    ) -> None:
+        self.graph, self.channels, self.taken = graph, channels, set(taken)
+        self.device, self.channels_last = device, channels_last
+        self.stays: BoolArray = ~channels.leaves
+        self.indices: dict[str, torch.Tensor] = {}
+
+    def rewire(self) -> None:
+        """Write anew every sum, padding and slice whose channels leave."""
+        nodes = {node.name: node for node in self.graph.nodes}
+        for name, pad in self.channels.pads.items():
+            self._pad(nodes[name], pad)
+        for name, taken in self.channels.slices.items():
+            self._slice(nodes[name], taken)
+        for name, found in self.channels.sums.items():
+            self._sum(nodes[name], found)
+
+    def _sum(self, node: fx.Node, found: Sum) -> None:
+        left = [self.stays[slots] for slots in found.sides]
+        whole = self.stays[found.result]
+        covers = [bool((side == whole).all()) for side in left]
+        if all(covers):
+            return
+        base = 0 if covers[0] or (not covers[1] and left[0].sum() >= left[1].sum()) else 1
+        sides: list[Any] = list(node.args)
+        with self.graph.inserting_before(node):
+            stream = sides[base] if covers[base] else self._grown(node, sides[base], left[base][whole], found.ndim)
+            index = self._index(node, np.flatnonzero(left[1 - base][whole]))
+            branch, dim = sides[1 - base], 1
+            if self.channels_last and found.ndim == 4:
+                dim = 3
+                stream, branch = (self.graph.call_method("permute", (one, 0, 2, 3, 1)) for one in (stream, branch))
+            added = self.graph.call_function(torch.index_add, (stream, dim, index, branch))
+            if dim != 1:
+                added = self.graph.call_method("permute", (added, 0, 3, 1, 2))
+        node.replace_all_uses_with(added)
+        self.graph.erase_node(node)
+
+    def _grown(self, node: fx.Node, side: fx.Node, places: BoolArray, ndim: int) -> fx.Node:
+        """Return ``side`` with zero channels wherever ``places`` is false."""
+        inside = np.flatnonzero(places)
+        before, after = int(inside[0]), int(len(places) - 1 - inside[-1])
+        space = [0, 0] * (ndim - 2)
+        if before + len(inside) + after == len(places):
+            return self.graph.call_function(torch.nn.functional.pad, (side, (*space, before, after)))
+        wider = self.graph.call_function(torch.nn.functional.pad, (side, (*space, 0, 1)))
+        taken = np.where(places, np.cumsum(places) - 1, len(inside))
+        return self.graph.call_function(torch.index_select, (wider, 1, self._index(node, taken)))
+
+    def _pad(self, node: fx.Node, pad: Pad) -> None:
+        left = [int(self.stays[slots].sum()) for slots in (pad.before, pad.after)]
+        widths = list(ops.argument(node, 1, "pad"))
+        widths[2 * (pad.ndim - 2) : 2 * (pad.ndim - 1)] = left
+        if any(widths):
+            kwargs = {key: value for key, value in node.kwargs.items() if key != "pad"}
+            node.args, node.kwargs = (node.all_input_nodes[0], tuple(widths), *node.args[2:]), kwargs
+        else:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            self.graph.erase_node(node)
+
+    def _slice(self, node: fx.Node, found: Slice) -> None:
+        before = self.stays[found.source]
+        left = found.taken[before[found.taken]]
+        if before.all():
+            return
+        places = (np.cumsum(before) - 1)[left]
+        steps = np.unique(np.diff(places))
+        index = list(found.index)
+        if np.array_equal(places, np.arange(before.sum())):
+            index[1] = slice(None)
+        elif len(steps) <= 1:
+            index[1] = slice(int(places[0]), int(places[-1]) + 1, int(steps[0]) if len(steps) else None)
+        else:
+            index[1] = slice(None)
+            with self.graph.inserting_after(node):
+                number = self._index(node, places)
+            with self.graph.inserting_after(number):
+                picked = self.graph.call_function(torch.index_select, (node, 1, number))
+            node.replace_all_uses_with(picked, delete_user_cb=lambda user: user is not picked)
+        node.args = (node.args[0], tuple(index))
+
+    def _index(self, node: fx.Node, places: IntArray) -> fx.Node:
+        """Return a node that reads ``places`` as a tensor."""
+        name = f"{node.name}_index"
+        while name in self.taken or hasattr(fx.GraphModule, name):
+            name += "_"
+        self.taken.add(name)
+        self.indices[name] = torch.from_numpy(np.asarray(places, np.int64)).to(self.device)
+        return self.graph.create_node("get_attr", name, (), {})
