@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyprune import models as models
+    from pyprune.checkpoints import load_checkpoint as load_checkpoint
     from pyprune.compaction import analyse as analyse
     from pyprune.compaction import compact as compact
     from pyprune.export import load_slim as load_slim
@@ -55,6 +56,7 @@ _HOME = {
     "report": "reporting",
     "backends": "machine",
     "models": "",
+    "load_checkpoint": "checkpoints",
     "ClassRanks": "types",
     "Plan": "types",
     "History": "types",

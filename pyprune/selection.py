@@ -17,7 +17,7 @@ from sklearn.metrics import silhouette_samples
 from torch import nn
 
 import pyprune
-from pyprune import graph
+from pyprune import graph, hrank
 from pyprune.clustering import ROUNDING, Clustering, KMeansOptions, Labels, k_range, search
 from pyprune.types import ClassRanks, FilterWhy, FloatArray, IntArray, LayerWhy, Plan, Region
 
@@ -30,7 +30,7 @@ MIN_ROWS = 5
 BEST = Region.HIGH_AVG_LOW_STD
 """Where the filters lie that do well for every class: region 2 of the thesis."""
 
-Rates = Plan | Mapping[str, float] | float
+Rates = Plan | Mapping[str, float] | Sequence[float] | float | str
 Bools = npt.NDArray[np.bool_]
 
 
@@ -66,7 +66,8 @@ def select(
     rates
         For ``"hrank"``: the share of filters that goes, in [0, 1), one for all layers or one for each; of F filters
         F (1 - rate), rounded, halves up, stay. Or a :class:`Plan`, of which each layer keeps as many as the plan
-        does; layers that the plan leaves out keep all.
+        does; layers that the plan leaves out keep all. Or HRank's list, as numbers or as a string such as
+        ``"[0.95]+[0.5]*6+[0.9]*4+[0.8]*2"``: see :func:`pyprune.hrank.rates_for`.
     exclude
         Convolutions that keep every filter.
     min_keep
@@ -305,7 +306,8 @@ def _hrank(model: nn.Module, ranks: ClassRanks, rates: Rates | None, exclude: Se
         else:
             whys[name] = _highest(mean_rank(R, ranks.counts), min(len(R), max(min_keep, counts[name])))
     given: Any = f"of a plan by {rates.method}" if isinstance(rates, Plan) else rates
-    settings = {"rates": dict(given) if isinstance(given, Mapping) else given, "counts": counts}
+    plain = dict(given) if isinstance(given, Mapping) else list(given) if isinstance(given, (list, tuple)) else given
+    settings = {"rates": plain, "counts": counts}
     return _plan("hrank", ranks, whys, exclude, min_keep, settings)
 
 
@@ -339,6 +341,8 @@ def _kept_counts(model: nn.Module, ranks: ClassRanks, rates: Rates | None, exclu
     filters = {name: len(R) for name, R in ranks.layers.items()}
     if rates is None:
         raise ValueError("select: 'hrank' needs rates: a plan, one rate per layer, or one rate in [0, 1).")
+    if isinstance(rates, Sequence):
+        rates = _listed_rates(model, rates, filters, exclude)
     if isinstance(rates, Plan):
         graph.check_plan("select", model, rates)
         _check_known(rates.keep, filters)
@@ -354,6 +358,17 @@ def _kept_counts(model: nn.Module, ranks: ClassRanks, rates: Rates | None, exclu
         if not 0 <= rate < 1:
             raise ValueError(f"select: rates must be in [0, 1); got {rate} for {name!r}.")
     return {name: kept_count(filters[name], float(rate)) for name, rate in each.items()}
+
+
+def _listed_rates(
+    model: nn.Module, rates: Sequence[float] | str, filters: Mapping[str, int], exclude: Sequence[str]
+) -> dict[str, float]:
+    """Return the rates of the layers that were ranked, out of a list for all convolutions."""
+    listed = hrank.rates_for(model, rates)
+    for name, rate in listed.items():
+        if rate and name not in filters and name not in exclude:
+            raise ValueError(f"select: rates gives {name!r} {rate:.3g}, and there are no ranks of it. Exclude it.")
+    return {name: rate for name, rate in listed.items() if name in filters}
 
 
 def _check_known(names: Mapping[str, Any], filters: Mapping[str, int]) -> None:

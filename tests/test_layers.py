@@ -11,6 +11,7 @@ PACKAGE = Path(pyprune.__file__).parent
 BASE = {
     "types", "files", "progress", "machine", "ops", "_core", "models", "data", "measure",  # for everyone
     "graph", "operations", "channels", "rewiring",  # the traced network
+    "checkpoints", "hrank",  # what people bring along
     "features", "sampling", "clustering", "slimfile", "slimsource",  # parts of one stage each
 }  # fmt: skip
 KNOWS_THE_ORDER = {"__init__", "pipeline", "demo", "cli"}

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from pyprune import graph, models
@@ -73,8 +74,143 @@ def test_models_can_be_traced_and_keep_their_variance(build):
         (models.vgg_digits, {"widths": (4, 4, 4)}, "vgg_digits: widths must be one to four pairs; got 3"),
         (models.vgg_digits, {"widths": (4, 0)}, "vgg_digits: widths must be at least 1; got 0"),
         (models.vgg_digits, {"in_channels": -1}, "vgg_digits: in_channels must be at least 1; got -1"),
+        (models.resnet20, {"width": -1}, "resnet20: width must be a positive factor; got -1"),
+        (models.resnet56, {"num_classes": 2.5}, "resnet56: num_classes must be at least 1; got 2.5"),
+        (models.resnet110, {"head": "classifier"}, "resnet110: head must be one of 'linear', 'fc'; got 'classifier'"),
+        (models.resnet50, {"stem": "small"}, "resnet50: stem must be one of 'imagenet', 'cifar'; got 'small'"),
+        (models.resnet50, {"in_channels": True}, "resnet50: in_channels must be at least 1; got True"),
+        (
+            models.resnet50,
+            {"widths": {"layer1.0.conv4": 8}},
+            "widths names no convolution 'layer1.0.conv4'. Did you mean 'layer1.0.conv",
+        ),
+        (models.resnet50, {"widths": {"conv1": 0}}, r"widths\['conv1'\] must be at least 1; got 0"),
+        (
+            models.resnet50,
+            {"widths": {"layer2.1.conv3": 8, "layer2.0.downsample.0": 9}},
+            "'layer2.1.conv3' and 'layer2.0.downsample.0' are added to one another and need one width; got 8 and 9",
+        ),
     ],
 )
 def test_impossible_sizes_are_refused(build, arguments, message):
     with pytest.raises(ValueError, match=message):
         build(**arguments)
+
+
+BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def entries(conv, bn):
+    return {f"{conv}.weight", *(f"{bn}.{leaf}" for leaf in BN)}
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("build", "blocks", "count"),
+    [
+        (models.resnet20, 3, 269_722),
+        (models.resnet32, 5, 464_154),
+        (models.resnet44, 7, 658_586),
+        (models.resnet56, 9, 853_018),
+        (models.resnet110, 18, 1_727_962),
+    ],
+)
+def test_cifar_resnets_have_the_usual_keys_and_counts(build, blocks, count):
+    model = build()
+    keys = entries("conv1", "bn1") | {"linear.weight", "linear.bias"}
+    for block in (f"layer{i}.{k}" for i in (1, 2, 3) for k in range(blocks)):
+        keys |= entries(f"{block}.conv1", f"{block}.bn1") | entries(f"{block}.conv2", f"{block}.bn2")
+    assert set(model.state_dict()) == keys
+    # 3x3 convolutions between 16, 32 and 64 channels, two numbers a norm channel, and the linear layer
+    inner = [(16, 16)] * 2 * blocks + [(16, 32), (32, 32)] + [(32, 32)] * 2 * (blocks - 1)
+    inner += [(32, 64), (64, 64)] + [(64, 64)] * 2 * (blocks - 1)
+    assert sum(9 * i * o + 2 * o for i, o in [(3, 16), *inner]) + 650 == parameters(model) == count
+
+
+def test_cifar_resnets_halve_the_map_twice_and_take_other_sizes():
+    model = models.resnet20(num_classes=7, in_channels=1, head="fc").eval()
+    x = torch.zeros(2, 1, 32, 32)
+    assert model.layer3(model.layer2(model.layer1(model.conv1(x)))).shape == (2, 64, 8, 8)
+    assert model(x).shape == model(torch.zeros(2, 1, 28, 30)).shape == (2, 7)
+    assert "fc.weight" in model.state_dict()
+    assert "linear.weight" not in model.state_dict()
+
+
+@pytest.mark.parametrize(("width", "before", "after"), [(1.0, 8, 8), (0.3125, 2, 3), (0.05, 0, 1)])
+def test_option_a_takes_every_second_pixel_and_pads_channels_on_both_sides(width, before, after):
+    block = models.resnet20(width=width).layer2[0].eval()
+    nn.init.zeros_(block.bn2.weight)  # leaves the shortcut alone
+    x = torch.rand(2, block.conv1.in_channels, 6, 6)
+    expected = torch.zeros(2, block.conv1.out_channels, 3, 3)
+    expected[:, before : before + x.shape[1]] = x[:, :, 0::2, 0::2]
+    assert block.conv1.out_channels == before + x.shape[1] + after
+    assert torch.equal(block(x), expected)
+    assert not torch.equal(block(x), expected.roll(1, 1))
+    if width == 1.0:  # as it is usually written
+        assert torch.equal(block(x), F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 32 // 4, 32 // 4)))
+
+
+@pytest.mark.parametrize("width", [0.5, 0.07, 1.3])
+def test_cifar_resnets_take_any_width(width):
+    model = models.resnet20(width=width).eval()
+    assert model.linear.in_features == max(1, round(64 * width))
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+@pytest.mark.parametrize("build", [models.resnet20, models.resnet56, models.resnet50])
+def test_resnets_can_be_traced_and_keep_their_variance(build):
+    torch.manual_seed(0)
+    model = build()
+    calls = graph.call_counts(graph.trace(model))
+    assert {calls[name] for name in graph.convolutions(model)} == {1}
+    assert 0.1 < float(model(torch.randn(4, 3, 32, 32)).detach().std()) < 10
+
+
+def test_resnet50_has_torchvisions_keys_and_count():
+    model = models.resnet50()
+    keys = entries("conv1", "bn1") | {"fc.weight", "fc.bias"}
+    for i, blocks in ((1, 3), (2, 4), (3, 6), (4, 3)):
+        keys |= entries(f"layer{i}.0.downsample.0", f"layer{i}.0.downsample.1")
+        for block in (f"layer{i}.{k}" for k in range(blocks)):
+            keys |= {key for j in (1, 2, 3) for key in entries(f"{block}.conv{j}", f"{block}.bn{j}")}
+    assert set(model.state_dict()) == keys
+    assert parameters(model) == 25_557_032
+    strides = {name for name, conv in graph.convolutions(model).items() if conv.stride == (2, 2)}
+    twos = {f"layer{i}.0.{leaf}" for i in (2, 3, 4) for leaf in ("conv2", "downsample.0")}
+    assert strides == {"conv1"} | twos
+    maps = model.eval().layer1(model.maxpool(model.conv1(torch.zeros(1, 3, 64, 64))))
+    assert maps.shape == (1, 256, 16, 16)
+
+
+def test_resnet50_of_the_ckrm_paper_has_its_number_of_parameters():
+    assert parameters(models.resnet50(in_channels=1, num_classes=3, conv_bias=True)) == 23_534_467
+
+
+def test_resnet50_for_small_images_keeps_the_map():
+    model = models.resnet50(stem="cifar", num_classes=10).eval()
+    assert model.layer1(model.maxpool(model.conv1(torch.zeros(1, 3, 8, 8)))).shape == (1, 256, 8, 8)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_resnet50_takes_widths_by_name_and_one_for_each_stream():
+    model = models.resnet50(
+        num_classes=3,
+        in_channels=1,
+        widths={
+            "conv1": 5,
+            "layer1.0.conv1": 3,
+            "layer1.2.conv3": 12,
+            "layer4.0.downsample.0": 20,
+            "layer4.1.conv3": 20,
+        },
+    ).eval()
+    layers = graph.convolutions(model)
+    assert [layers[name].out_channels for name in ("conv1", "layer1.0.conv1", "layer1.0.conv2")] == [5, 3, 64]
+    assert {layers[f"layer1.{k}.conv3"].out_channels for k in range(3)} == {12}
+    assert layers["layer1.0.downsample.0"].out_channels == layers["layer2.0.conv1"].in_channels == 12
+    assert layers["layer2.0.conv3"].out_channels == 512
+    assert model.fc.in_features == 20
+    assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 3)
