@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from torch import nn
 
     from pyprune.data import Splits
-    from pyprune.types import Plan, PruneResult
+    from pyprune.types import Compacted, Plan, PruneResult
 
 app = typer.Typer(
     help="Find the redundant filters of a convolutional network, remove them, and get back a slim one that "
@@ -24,12 +25,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Arch = Annotated[str, typer.Option(help="Architecture: a name from pyprune.models, or package.module:factory.")]
-Weights = Annotated[Path, typer.Option(help="Trained weights: a safetensors file of the state dict.")]
-Data = Annotated[str, typer.Option(help="Data: digits (embedded).")]
+Arch = Annotated[str | None, typer.Option(help="Architecture: a name from pyprune.models.")]
+Model = Annotated[str | None, typer.Option(help="A network of your own instead: package.module:factory.")]
+Weights = Annotated[Path, typer.Option(help="Trained weights: safetensors, or a torch file read without unpickling.")]
+Data = Annotated[str, typer.Option(help="Data: digits, cifar10:DIR, cifar100:DIR, folder:DIR or npz:FILE.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Seed = Annotated[int, typer.Option(help="Seed of sampling, splitting and training.", min=0)]
 Device = Annotated[str | None, typer.Option(help="Device to compute on, such as cpu or cuda:0.")]
+ImagesPerClass = Annotated[int, typer.Option(help="Images a class that are ranked.", min=1)]
+Taps = Annotated[str, typer.Option(help="Where maps are read: activation, norm or hrank.")]
+Method = Annotated[str, typer.Option(help="Criterion: crank or hrank.")]
+Rates = Annotated[
+    str | None,
+    typer.Option(help='For hrank: one rate in [0, 1), rates like "[0.95]+[0.5]*6", or a plan file to take rates from.'),
+]
+Exclude = Annotated[list[str] | None, typer.Option(help="A convolution to leave alone; repeatable.")]
+Epochs = Annotated[int, typer.Option(help="Epochs of fine-tuning.", min=1)]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps of fine-tuning in all, instead of epochs.", min=1)]
+Lr = Annotated[float, typer.Option(help="Learning rate of fine-tuning.")]
+Residual = Annotated[str, typer.Option(help="What happens where branches are added: scatter, intersect or union.")]
 
 
 def main() -> None:
@@ -69,33 +83,33 @@ def doctor(as_json: Json = False) -> None:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo-results"),
     epochs: Annotated[int, typer.Option(help="Epochs of training from scratch.", min=1)] = 12,
-    finetune_epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning.", min=1)] = 12,
+    finetune_epochs: Epochs = 12,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Train a small network on real handwritten digits, prune it by CRank, and show every stage."""
-    from pyprune import files
+    from pyprune import files, pipeline
     from pyprune.demo import train_digits
-    from pyprune.pipeline import prune
 
     folder = files.make_folder("demo", out)
     model, splits = train_digits(folder / "original.safetensors", epochs=epochs, seed=seed)
     train, val, test, ranking = _loaders(splits, seed)
-    result = prune(
+    result = pipeline.prune(
         model, train, val, test=test, ranking=ranking, finetune_on="masked", epochs=finetune_epochs, seed=seed,
-        num_classes=len(splits.classes), folder=folder,
+        num_classes=len(splits.classes), folder=folder, fresh=True,
     )  # fmt: skip
     _show_result(result, folder, as_json)
 
 
 @app.command()
 def rank(
-    arch: Arch,
     weights: Weights,
+    arch: Arch = None,
+    model: Model = None,
     data: Data = "digits",
     out: Annotated[Path, typer.Option(help="File for the ranks.")] = Path("ranks.safetensors"),
-    images_per_class: Annotated[int, typer.Option(help="Images a class that are ranked.", min=1)] = 50,
-    taps: Annotated[str, typer.Option(help="Where maps are read: activation or norm.")] = "activation",
+    images_per_class: ImagesPerClass = 50,
+    taps: Taps = "activation",
     device: Device = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -103,35 +117,33 @@ def rank(
     """Read the class-conditional ranks of every filter in one pass over a sample of the training images."""
     from pyprune.ranks import rank_filters
 
-    model, splits = _network(arch, weights, data, seed)
+    network, splits = _network(arch, model, weights, data, seed)
     *_, ranking = _loaders(splits, seed)
     ranks = rank_filters(
-        model, ranking, num_classes=len(splits.classes), images_per_class=images_per_class, taps=taps,
+        network, ranking, num_classes=len(splits.classes), images_per_class=images_per_class, taps=taps,
         device=device, seed=seed,
     )  # fmt: skip
     ranks.save(out)
     rows = [
         {
             "layer": name, "filters": len(R), "tap": ranks.taps.get(name, ""),
-            "map": "x".join(map(str, ranks.shapes[name])),
-            "mean_rank": round(float(R.mean()), 3), "at_full_rank": round(ranks.full_rank_share(name) or 0.0, 4),
-            "uninformative": name in ranks.uninformative,
+            "map": "x".join(map(str, ranks.shapes[name])), "mean_rank": round(float(R.mean()), 3),
+            "at_full_rank": round(ranks.full_rank_share(name) or 0.0, 4), "uninformative": name in ranks.uninformative,
         }
         for name, R in ranks.layers.items()
     ]  # fmt: skip
-    _show("Class ranks", rows, {"out": str(out), "info": dict(ranks.info)}, as_json)
+    _show({"Class ranks": rows}, {"written": str(out)}, {"layers": rows, "out": str(out), "info": ranks.info}, as_json)
 
 
 @app.command()
 def select(
-    arch: Arch,
     ranks: Annotated[Path, typer.Option(help="Ranks that `pyprune rank` wrote.")],
+    arch: Arch = None,
+    model: Model = None,
     out: Annotated[Path, typer.Option(help="File for the plan.")] = Path("plan.json"),
-    method: Annotated[str, typer.Option(help="Criterion: crank or hrank.")] = "crank",
-    rates: Annotated[
-        str | None, typer.Option(help="For hrank: one rate in [0, 1), or a plan file whose rates are used.")
-    ] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="A convolution to leave alone; repeatable.")] = None,
+    method: Method = "crank",
+    rates: Rates = None,
+    exclude: Exclude = None,
     as_json: Json = False,
 ) -> None:
     """Choose the filters that stay."""
@@ -139,110 +151,185 @@ def select(
     from pyprune.types import ClassRanks
 
     found = ClassRanks.load(ranks)
-    model = _build(arch, found.num_classes)
-    options: dict[str, Any] = {} if rates is None else {"rates": _rates(rates)}
-    plan = choose(model, method, ranks=found, exclude=tuple(exclude or ()), **options)
+    network = _build(arch, model, found.num_classes)
+    plan = choose(network, method, ranks=found, rates=_rates(rates), exclude=tuple(exclude or ()))
     plan.save(out)
-    _show(f"Plan by {method}", _plan_rows(plan), {"out": str(out)}, as_json)
+    rows = _plan_rows(plan)
+    _show({f"Plan by {method}": rows}, {"written": str(out)}, {"layers": rows, "out": str(out)}, as_json)
+
+
+@app.command()
+def finetune(
+    weights: Weights,
+    arch: Arch = None,
+    model: Model = None,
+    data: Data = "digits",
+    plan: Annotated[Path | None, typer.Option(help="Hold the filters that this plan drops at zero.")] = None,
+    out: Annotated[Path, typer.Option(help="File for the trained weights.")] = Path("finetuned.safetensors"),
+    epochs: Epochs = 30,
+    steps: Steps = None,
+    lr: Lr = 0.01,
+    device: Device = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a network, masked by a plan or not; a stopped run goes on from its checkpoint beside the output."""
+    from pyprune import files, finetuning
+    from pyprune.masks import mask_
+    from pyprune.measure import evaluate
+    from pyprune.types import Plan
+
+    files.make_folder("--out", out.parent)
+    wanted = None if plan is None else Plan.load(plan)
+    network, splits = _network(arch, model, weights, data, seed)
+    masks = None if wanted is None else mask_(network, wanted)
+    train, val, test, _ = _loaders(splits, seed)
+    checkpoint = out.with_name(out.name + ".checkpoint")
+    before = evaluate(network, test, num_classes=len(splits.classes), device=device)
+    history = finetuning.finetune(
+        network, train, val, masks=masks, epochs=epochs, steps=steps, lr=lr, device=device, seed=seed,
+        checkpoint=checkpoint,
+    )  # fmt: skip
+    after = evaluate(network, test, num_classes=len(splits.classes), device=device)
+    files.write_tensors(out, network.state_dict(), {"epoch": str(history.best)})
+    checkpoint.unlink(missing_ok=True)
+    rows = [
+        {"epoch": one.epoch, "train_loss": one.train_loss, "val_loss": one.val_loss, "val_top1": one.val_top1}
+        for one in history.epochs
+    ]
+    more = {"accuracy": f"{before.top1:.2%} -> {after.top1:.2%}", "kept": f"epoch {history.best}", "written": str(out)}
+    payload = {"epochs": rows, "best": history.best, "accuracy": [before.top1, after.top1], "out": str(out)}
+    _show({"Fine-tuning": rows}, more, payload, as_json)
 
 
 @app.command()
 def compact(
-    arch: Arch,
     weights: Weights,
-    plan: Annotated[Path, typer.Option(help="Plan that `pyprune select` wrote.")],
+    arch: Arch = None,
+    model: Model = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="Plan that `pyprune select` wrote; without one, filters that are zero go.")
+    ] = None,
     data: Data = "digits",
     out: Annotated[Path, typer.Option(help="The slim folder.")] = Path("slim"),
+    residual: Residual = "scatter",
     round_to: Annotated[int, typer.Option(help="Keep a multiple of this many filters.", min=1)] = 1,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Remove the filters that the plan drops, prove that nothing changed, and write the slim folder."""
     from pyprune import compaction, export
+    from pyprune.hrank import zero_filters
     from pyprune.types import Plan
 
-    wanted = Plan.load(plan)
-    model, splits = _network(arch, weights, data, seed)
-    slim = compaction.compact(model, wanted, splits.test[0][0][None], round_to=round_to)
+    wanted = None if plan is None else Plan.load(plan)
+    network, splits = _network(arch, model, weights, data, seed)
+    if wanted is None:
+        wanted = zero_filters(network)
+    slim = compaction.compact(
+        network, wanted, splits.test[0][0][None], residual=residual, round_to=round_to,  # type: ignore[arg-type]
+    )  # fmt: skip
     export.save_slim(slim, out)
-    more = {"out": str(out), **_costs(slim), "certificate": _certificate(slim)}
-    _show("Slim network", _plan_rows(wanted, slim.kept), more, as_json)
+    rows = _plan_rows(wanted, slim.kept)
+    payload = {"layers": rows, "out": str(out), **_costs(slim), "certificate": _certificate(slim)}
+    more = {"certificate": _certificate(slim), "written": str(out)}
+    _show({"Filters per layer": rows, "Cost": _cost_rows(slim)}, more, payload, as_json)
 
 
 @app.command()
 def prune(
-    arch: Arch,
     weights: Weights,
+    arch: Arch = None,
+    model: Model = None,
     data: Data = "digits",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("pruned"),
-    images_per_class: Annotated[int, typer.Option(help="Images a class that are ranked.", min=1)] = 50,
-    exclude: Annotated[list[str] | None, typer.Option(help="A convolution to leave alone; repeatable.")] = None,
-    epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning.", min=1)] = 30,
-    lr: Annotated[float, typer.Option(help="Learning rate of fine-tuning.")] = 0.01,
+    images_per_class: ImagesPerClass = 50,
+    taps: Taps = "activation",
+    method: Method = "crank",
+    rates: Rates = None,
+    exclude: Exclude = None,
     finetune_on: Annotated[str, typer.Option(help="Fine-tune the slim or the masked network.")] = "slim",
+    epochs: Epochs = 30,
+    steps: Steps = None,
+    lr: Lr = 0.01,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over in a folder that holds a run.")] = False,
     device: Device = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Rank, select, fine-tune and compact in one go; leaves the slim folder, the plan, the ranks and a report."""
+    """Rank, select, fine-tune and compact in one go; a stopped run goes on from what its folder holds."""
     from pyprune import pipeline
 
-    model, splits = _network(arch, weights, data, seed)
+    network, splits = _network(arch, model, weights, data, seed)
     train, val, test, ranking = _loaders(splits, seed)
     result = pipeline.prune(
-        model, train, val, test=test, ranking=ranking, images_per_class=images_per_class,
-        exclude=tuple(exclude or ()), finetune_on=finetune_on,  # type: ignore[arg-type]  # prune checks it
-        epochs=epochs, lr=lr, num_classes=len(splits.classes), device=device, folder=out, seed=seed,
+        network, train, val, test=test, ranking=ranking, num_classes=len(splits.classes),
+        images_per_class=images_per_class, taps=taps, method=method, rates=_rates(rates), exclude=tuple(exclude or ()),
+        finetune_on=finetune_on,  # type: ignore[arg-type]  # prune checks it
+        epochs=epochs, steps=steps, lr=lr, device=device, folder=out, fresh=fresh, seed=seed,
     )  # fmt: skip
     _show_result(result, out, as_json)
 
 
-def _build(arch: str, num_classes: int) -> nn.Module:
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A checkpoint that torch.save wrote.")],
+    target: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
+) -> None:
+    """Turn a torch checkpoint into safetensors, which any torch reads safely; nothing in it is executed."""
+    from pyprune.checkpoints import convert_checkpoint
+
+    names = convert_checkpoint(source, target)
+    typer.echo(f"{target}: {len(names)} tensors.")
+
+
+def _build(arch: str | None, model: str | None, num_classes: int) -> nn.Module:
     """Build a network by the name of its architecture, or by ``package.module:factory``."""
-    import difflib
+    from pyprune import models
+
+    if (arch is None) == (model is None):
+        raise ValueError("Give either --arch NAME or --model package.module:factory, and not both.")
+    if model is not None:
+        return _own_network(model)
+    if arch not in models.__all__:
+        near = difflib.get_close_matches(str(arch), models.__all__, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(models.__all__)}."
+        raise ValueError(f"--arch: there is no {arch!r}. {hint}")
+    network: nn.Module = getattr(models, arch)(num_classes=num_classes)
+    return network
+
+
+def _own_network(name: str) -> nn.Module:
+    """Call the factory that ``package.module:factory`` names; modules in the current folder are found too."""
     import importlib
 
     from torch import nn
 
-    from pyprune import models
-
-    if ":" in arch:
-        module, _, factory = arch.partition(":")
-        sys.path.insert(0, "")  # one's own module in the current folder
-        try:
-            build = getattr(importlib.import_module(module), factory)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"--arch: {arch} must name a callable as package.module:factory; {error}.") from None
-        finally:
-            sys.path.pop(0)
-        model = build()
-    elif arch in models.__all__:
-        model = getattr(models, arch)(num_classes=num_classes)
-    else:
-        near = difflib.get_close_matches(arch, models.__all__, n=1) or models.__all__
-        raise ValueError(f"--arch: there is no {arch!r}. Did you mean {', '.join(near)}?")
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"--arch: {arch} must return a torch.nn.Module; it returned {type(model).__name__}.")
-    return model
+    module, _, factory = name.partition(":")
+    sys.path.insert(0, "")
+    try:
+        build = getattr(importlib.import_module(module), factory)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--model: {name} must name a callable as package.module:factory; {error}.") from None
+    finally:
+        sys.path.remove("")
+    if not callable(build):
+        raise ValueError(f"--model: {name} must be callable; it is {type(build).__name__}.")
+    network = build()
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"--model: {name} must return a torch.nn.Module; it returned {type(network).__name__}.")
+    return network
 
 
-def _network(arch: str, weights: Path, data: str, seed: int) -> tuple[nn.Module, Splits]:
+def _network(arch: str | None, model: str | None, weights: Path, data: str, seed: int) -> tuple[nn.Module, Splits]:
+    """Build the network, load its weights, and open the data."""
+    from pyprune.checkpoints import load_checkpoint
     from pyprune.data import open_data
-    from pyprune.files import read_tensors
 
     splits = open_data(data, seed=seed)
-    model = _build(arch, len(splits.classes))
-    state, _ = read_tensors("--weights", weights)
-    have = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    given = {name: list(tensor.shape) for name, tensor in state.items()}
-    for name in sorted(have.keys() | given.keys()):
-        if have.get(name) != given.get(name):
-            raise ValueError(
-                f"--weights: {weights} does not fit {arch}: {name!r} is {have.get(name, 'absent')} in the network "
-                f"and {given.get(name, 'absent')} in the file."
-            )
-    model.load_state_dict(state)
-    return model.eval(), splits
+    network = _build(arch, model, len(splits.classes))
+    load_checkpoint(network, weights)
+    return network.eval(), splits
 
 
 def _loaders(splits: Splits, seed: int) -> tuple[Any, Any, Any, Any]:
@@ -257,40 +344,62 @@ def _loaders(splits: Splits, seed: int) -> tuple[Any, Any, Any, Any]:
     )
 
 
-def _rates(text: str) -> Any:
+def _rates(text: str | None) -> Any:
+    """Return what --rates says: nothing, one number, the rates of a plan file, or HRank's notation."""
     from pyprune.types import Plan
 
+    if text is None:
+        return None
     try:
         return float(text)
     except ValueError:
-        return Plan.load(text)
+        return Plan.load(text) if Path(text).is_file() else text
 
 
 def _plan_rows(plan: Plan, kept: Any = None) -> list[dict[str, Any]]:
+    against = kept or {}
     return [
         {
             "layer": name,
             "before": plan.filters.get(name),
-            "after": len(keep) + len((kept or {}).get(name, ())),
+            "after": len(keep) + len(against.get(name, ())),
             "clusters": plan.why[name].k if name in plan.why else None,
-            "note": (plan.why[name].note if name in plan.why else "")
-            or ("; ".join(sorted(set(kept[name].values()))) if kept and kept.get(name) else ""),
+            "note": "; ".join(
+                [plan.why[name].note] * (name in plan.why and bool(plan.why[name].note))
+                + sorted(set(against.get(name, {}).values()))
+            ),
         }
         for name, keep in plan.keep.items()
     ]
 
 
-def _costs(slim: Any) -> dict[str, Any]:
+def _costs(slim: Compacted) -> dict[str, Any]:
     before, after = slim.before, slim.after
     return {
         "parameters": [before.parameters, after.parameters],
         "macs": [before.macs, after.macs],
+        "hrank_v1_parameters": [before.hrank_v1_parameters, after.hrank_v1_parameters],
+        "hrank_v1_macs": [before.hrank_v1_macs, after.hrank_v1_macs],
         "latency_ms": [before.latency_ms, after.latency_ms],
         "device": after.device,
     }
 
 
-def _certificate(slim: Any) -> str:
+def _cost_rows(slim: Compacted) -> list[dict[str, Any]]:
+    names = {
+        "parameters": "parameters", "macs": "MACs an image", "hrank_v1_parameters": "parameters as HRank counts",
+        "hrank_v1_macs": "MACs as HRank counts", "latency_ms": f"latency, ms ({slim.after.device})",
+    }  # fmt: skip
+    costs = _costs(slim)
+    return [
+        {"": title, "before": costs[name][0], "after": costs[name][1],
+         "saved": f"{1 - costs[name][1] / costs[name][0]:.1%}"}
+        for name, title in names.items()
+        if costs[name][0] and costs[name][1] is not None
+    ]  # fmt: skip
+
+
+def _certificate(slim: Compacted) -> str:
     proof = slim.certificate
     if not proof.verified:
         return "not verified"
@@ -302,42 +411,64 @@ def _certificate(slim: Any) -> str:
 
 
 def _show_result(result: PruneResult, folder: Path, as_json: bool) -> None:
-    more = {
-        "out": str(folder),
-        "accuracy": {name: evaluation.top1 for name, evaluation in result.evaluations.items()},
-        **_costs(result.slim),
-        "certificate": _certificate(result.slim),
-        "seconds": {name: round(seconds, 2) for name, seconds in result.seconds.items()},
+    rows = _plan_rows(result.plan, result.slim.kept)
+    accuracy = {name: evaluation.top1 for name, evaluation in result.evaluations.items()}
+    seconds = {name: round(seconds, 2) for name, seconds in result.seconds.items()}
+    tables = {
+        "Filters per layer": rows,
+        "Accuracy": [{"network": name, "top-1": f"{top1:.2%}"} for name, top1 in accuracy.items()],
+        "Cost": _cost_rows(result.slim),
     }
-    _show("Filters per layer", _plan_rows(result.plan, result.slim.kept), more, as_json)
+    proof = _certificate(result.slim)
+    more = {
+        "certificate": proof,
+        "seconds": ", ".join(f"{name} {value}" for name, value in seconds.items()),
+        "written": f"{folder} (report.html is for looking)",
+    }
+    payload = {
+        "layers": rows, "accuracy": accuracy, **_costs(result.slim), "certificate": proof, "seconds": seconds,
+        "out": str(folder),
+    }  # fmt: skip
+    _show(tables, more, payload, as_json)
 
 
-def _show(title: str, rows: list[dict[str, Any]], more: dict[str, Any], as_json: bool) -> None:
-    """Print ``rows`` as a table and ``more`` below it, or both as one JSON object."""
+def _show(
+    tables: dict[str, list[dict[str, Any]]], more: dict[str, str], payload: dict[str, Any], as_json: bool
+) -> None:
+    """Print ``tables`` and the lines of ``more`` below them, or ``payload`` as one JSON object."""
     if as_json:
-        _print_json({"layers": rows, **more})
+        _print_json(payload)
         return
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
-    table = Table(title=title, title_justify="left")
-    for column in rows[0]:
-        table.add_column(column, justify="right" if isinstance(rows[0][column], int | float) else "left")
-    for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
-    console.print(table)
+    for title, rows in tables.items():
+        console.print(_table(title, rows))
     for name, value in more.items():
-        console.print(f"[bold]{name:>12}[/bold]  {_plain(value)}", highlight=False, soft_wrap=True)
+        console.print(f"[bold]{name}[/bold]: {value}", highlight=False, soft_wrap=True)
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in rows[0] if rows else ():
+        values = [row[column] for row in rows]
+        if any(value not in (None, "") for value in values):
+            words = all(isinstance(value, str) and not value[:1].isdigit() for value in values if value is not None)
+            table.add_column(column, justify="left" if words else "right")
+        else:
+            rows = [{name: value for name, value in row.items() if name != column} for row in rows]
+    for row in rows:
+        table.add_row(*map(_plain, row.values()))
+    return table
 
 
 def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
-    if isinstance(value, list):
-        return " -> ".join(_plain(one) for one in value)
+    if value is None:
+        return ""
     if isinstance(value, float):
-        return f"{value:.4g}" if math.isfinite(value) else str(value)
+        return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 

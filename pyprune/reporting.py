@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -91,9 +92,16 @@ def _layer(name: str, result: PruneResult) -> dict[str, Any]:
         "silhouette": why.silhouette if why is not None else None,
         "tap": result.ranks.taps.get(name, ""),
         "notes": notes,
+        "fates": None if why is None or why.k is None else _fates(why),
         "heatmap": None if R is None else heatmap_figure(result.ranks, plan, name),
         "regions": None if why is None or why.k is None else regions_figure(why),
     }
+
+
+def _fates(why: LayerWhy) -> str:
+    """Count the filters of one layer by what became of them: the words before a reason's figures."""
+    counts = Counter(one.reason.partition(":")[0].replace("_", " ").lower() for one in why)
+    return ", ".join(f"{count} {fate}" for fate, count in counts.most_common())
 
 
 def heatmap_figure(ranks: ClassRanks, plan: Plan, name: str) -> Figure:

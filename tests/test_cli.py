@@ -55,6 +55,12 @@ def test_rank_select_and_compact_follow_one_another(run: Run, model: tuple[objec
     assert status == 0
     assert [row["after"] for row in json.loads(out)["layers"]] == [8, 8, 16, 16, 32, 32]
 
+    hrank = ("select", "--arch", "vgg_digits", "--ranks", "ranks.safetensors", "--method", "hrank", "--json")
+    status, out, _ = run(*hrank, "--rates", "[0.5]*2+[0.75]*4", "--out", "mixed.json")
+    assert [row["after"] for row in json.loads(out)["layers"]] == [16, 16, 16, 16, 32, 32]
+    status, out, _ = run(*hrank, "--rates", "plan.json", "--out", "same.json")
+    assert [row["after"] for row in json.loads(out)["layers"]] == [8, 8, 16, 16, 32, 32]
+
     status, out, _ = run("compact", *model, "--plan", "plan.json", "--json")
     assert status == 0
     shown = json.loads(out)
@@ -78,6 +84,22 @@ def test_prune_leaves_everything(run: Run, model: tuple[object, ...], tmp_path: 
     assert len(plan.keep["features.conv7"]) == plan.filters["features.conv7"]
 
 
+def test_finetune_holds_the_masks_of_a_plan(run: Run, model: tuple[object, ...], tmp_path: Path) -> None:
+    pp.Plan({"features.conv0": [0, 5]}).save(tmp_path / "plan.json")
+    status, out, _ = run("finetune", *model, "--plan", "plan.json", "--steps", 3, "--out", "tuned/w", "--json")
+    assert status == 0
+    assert json.loads(out)["best"] == 1
+    tensors, _ = files.read_tensors("test", tmp_path / "tuned" / "w")
+    alive = tensors["features.conv0.weight"].flatten(1).any(1)
+    assert alive.nonzero().flatten().tolist() == [0, 5]
+    assert [path.name for path in (tmp_path / "tuned").iterdir()] == ["w"]  # no checkpoint is left behind
+
+    status, out, _ = run("compact", "--arch", "vgg_digits", "--weights", "tuned/w", "--json")  # the zeros are found
+    assert status == 0
+    assert json.loads(out)["layers"][0] | {"note": ""} == {
+        "layer": "features.conv0", "before": 32, "after": 2, "clusters": None, "note": ""}  # fmt: skip
+
+
 def test_doctor_says_what_is_there(run: Run) -> None:
     status, out, _ = run("doctor")
     assert status == 0
@@ -89,7 +111,7 @@ def test_doctor_says_what_is_there(run: Run) -> None:
 def test_ones_own_model_by_its_factory(run: Run, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("import pyprune as pp\nbuild = lambda: pp.models.vgg_digits(widths=(8,) * 6)\n")
     files.write_tensors(tmp_path / "w", pp.models.vgg_digits(widths=(8,) * 6).state_dict(), {})
-    status, out, _ = run("rank", "--arch", "mine:build", "--weights", "w", "--images-per-class", 2, "--json")
+    status, out, _ = run("rank", "--model", "mine:build", "--weights", "w", "--images-per-class", 2, "--json")
     assert status == 0
     assert [row["filters"] for row in json.loads(out)["layers"]] == [8] * 6
 
@@ -110,12 +132,16 @@ def bad(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> dict[str, Pa
 
 COMMANDS = {
     "unknown architecture": ("rank --arch vgg_digit --weights {weights}", "Did you mean vgg_digits?"),
-    "factory that is not there": ("rank --arch os:nothing --weights {weights}", "package.module:factory"),
-    "factory that builds something else": ("rank --arch os:getcwd --weights {weights}", "it returned str"),
+    "neither architecture nor model": ("rank --weights {weights}", "either --arch NAME or --model"),
+    "both architecture and model": ("rank --arch vgg_digits --model a:b --weights {weights}", "and not both"),
+    "factory that is not there": ("rank --model os:nothing --weights {weights}", "package.module:factory"),
+    "factory without a module": ("rank --model :build --weights {weights}", "package.module:factory"),
+    "factory that cannot be called": ("rank --model os:sep --weights {weights}", "must be callable; it is str"),
+    "factory that builds something else": ("rank --model os:getcwd --weights {weights}", "it returned str"),
     "weights missing": ("rank --arch vgg_digits --weights nowhere", "nowhere"),
     "weights truncated": ("rank --arch vgg_digits --weights {truncated}", "may be truncated"),
-    "weights foreign": ("rank --arch vgg_digits --weights {foreign}", "not a valid safetensors file"),
-    "weights of another model": ("rank --arch vgg_digits --weights {small}", "and [10, 32] in the file"),
+    "weights foreign": ("rank --arch vgg_digits --weights {foreign}", "another kind of file"),
+    "weights of another model": ("rank --arch vgg_digits --weights {small}", "does not fit VGG"),
     "unknown data": ("rank --arch vgg_digits --weights {weights} --data digit", "digits"),
     "too many images": ("rank --arch vgg_digits --weights {weights} --images-per-class 1000", "1000"),
     "unknown taps": ("rank --arch vgg_digits --weights {weights} --taps relu", "activation"),
@@ -129,6 +155,8 @@ COMMANDS = {
     "ranks of another model": ("select --arch vgg_digits --ranks {other_ranks}", "features.conv0"),
     "unknown method": ("select --arch vgg_digits --ranks {ranks} --method crnk", "crank"),
     "rate out of range": ("select --arch vgg_digits --ranks {ranks} --method hrank --rates 1.5", "[0, 1)"),
+    "rates that are neither": ("select --arch vgg_digits --ranks {ranks} --method hrank --rates [0.5", "rates"),
+    "rates of another length": ("select --arch vgg_digits --ranks {ranks} --method hrank --rates [0.5]*3", "rates"),
     "rates missing": ("select --arch vgg_digits --ranks {ranks} --method hrank", "rates"),
     "unknown layer": ("select --arch vgg_digits --ranks {ranks} --exclude features.conv2", "features.conv"),
     "plan missing": ("compact --arch vgg_digits --weights {weights} --plan nowhere", "nowhere"),
