@@ -423,7 +423,7 @@ def _attribute(masked: nn.Module, parts: Mapping[str, Any], target: str, memo: d
 def _module(graph: fx.Graph, parts: dict[str, Any], title: str, like: nn.Module) -> fx.GraphModule:
     """Return ``graph`` as a module, its generated code checked before it is compiled."""
     code = graph.python_code("self")
-    graphs.check_source("compact", code.src, {*code.globals, "getattr", "slice"})
+    graphs.check_source("compact", code.src, {*code.globals, "getattr", "slice", "Ellipsis"})
     slim = fx.GraphModule(parts, graph, title)
     known = dict(like.named_modules())
     for name, module in slim.named_modules():

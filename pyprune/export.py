@@ -83,17 +83,20 @@ def load_slim(folder: str | os.PathLike[str]) -> nn.Module:
     model = slimfile.build("load_slim", slimfile.check("load_slim", content))
     _check_header(place / WEIGHTS, model)
     tensors, _ = files.read_tensors("load_slim", place / WEIGHTS)
+    slimfile.check_indices("load_slim", model, tensors)
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 
 def _check_shapes(who: str, weights: dict[str, torch.Tensor], architecture: slimfile.Architecture) -> None:
     """Raise unless the architecture implies exactly these tensors: a changed layer would not load again."""
-    implied = {name: (one.shape, one.dtype) for name, one in slimfile.build(who, architecture).state_dict().items()}
+    built = slimfile.build(who, architecture)
+    implied = {name: (one.shape, one.dtype) for name, one in built.state_dict().items()}
     held = {name: (one.shape, one.dtype) for name, one in weights.items()}
     if implied != held:
         odd = sorted(name for name in implied.keys() | held.keys() if implied.get(name) != held.get(name))
         raise ValueError(f"{who}: {odd[0]!r} is not what its layer's settings imply; the slim format cannot hold it.")
+    slimfile.check_indices(who, built, weights)
 
 
 def _check_header(path: Path, model: nn.Module) -> None:
@@ -121,7 +124,7 @@ def _page(slim: Compacted) -> str:
     shapes = ", ".join(str(list(one.shape)) for one in slim.example_inputs)
     return f"""# A slim network
 
-Made by pyprune from a larger network, whose outputs it reproduced when the removed filters were zero.
+Made by pyprune from a larger network, whose outputs it reproduced when the removed filters were zero.{_lossy(slim)}
 
 {_costs(slim.before, slim.after)}
 
@@ -156,6 +159,15 @@ model = load()
 pyprune {pyprune.__version__}, torch {torch.__version__}; plan by `{slim.plan.method}`;
 {_kept(slim)}
 """.replace("{folder}", "path/to/this/folder")
+
+
+def _lossy(slim: Compacted) -> str:
+    if not slim.lossy:
+        return ""
+    count = sum(len(filters) for filters in slim.beyond.values())
+    return f"""
+Where branches are added, a channel left as soon as one of them lost it: {count} of those filters are not in the plan
+(`residual="union"`, lossy)."""
 
 
 def _costs(before: Profile, after: Profile) -> str:

@@ -64,7 +64,7 @@ class Rewiring:
         sides: list[Any] = list(node.args)
         with self.graph.inserting_before(node):
             stream = sides[base] if covers[base] else self._grown(node, sides[base], left[base][whole], found.ndim)
-            index = self._index(node, np.flatnonzero(left[1 - base][whole]))
+            index = self._index(node, "index", np.flatnonzero(left[1 - base][whole]))
             branch, dim = sides[1 - base], 1
             if self.channels_last and found.ndim == 4:
                 dim = 3
@@ -84,7 +84,7 @@ class Rewiring:
             return self.graph.call_function(torch.nn.functional.pad, (side, (*space, before, after)))
         wider = self.graph.call_function(torch.nn.functional.pad, (side, (*space, 0, 1)))
         taken = np.where(places, np.cumsum(places) - 1, len(inside))
-        return self.graph.call_function(torch.index_select, (wider, 1, self._index(node, taken)))
+        return self.graph.call_function(torch.index_select, (wider, 1, self._index(node, "grown", taken)))
 
     def _pad(self, node: fx.Node, pad: Pad) -> None:
         left = [int(self.stays[slots].sum()) for slots in (pad.before, pad.after)]
@@ -101,6 +101,7 @@ class Rewiring:
         before = self.stays[found.source]
         left = found.taken[before[found.taken]]
         if before.all():
+            node.args = (node.args[0], found.index)  # an ellipsis written out
             return
         places = (np.cumsum(before) - 1)[left]
         steps = np.unique(np.diff(places))
@@ -112,15 +113,15 @@ class Rewiring:
         else:
             index[1] = slice(None)
             with self.graph.inserting_after(node):
-                number = self._index(node, places)
+                number = self._index(node, "taken", places)
             with self.graph.inserting_after(number):
                 picked = self.graph.call_function(torch.index_select, (node, 1, number))
             node.replace_all_uses_with(picked, delete_user_cb=lambda user: user is not picked)
         node.args = (node.args[0], tuple(index))
 
-    def _index(self, node: fx.Node, places: IntArray) -> fx.Node:
+    def _index(self, node: fx.Node, word: str, places: IntArray) -> fx.Node:
         """Return a node that reads ``places`` as a tensor."""
-        name = f"{node.name}_index"
+        name = f"{node.name}_{word}"
         while name in self.taken or hasattr(fx.GraphModule, name):
             name += "_"
         self.taken.add(name)

@@ -117,14 +117,14 @@ CHOICES = frozenset({
 
 FUNCTIONS: dict[Any, str] = {
     **ops.CHANNELWISE_FUNCTIONS, **ops.SCALAR_FUNCTIONS, **ops.ADD_FUNCTIONS, **ops.CAT_FUNCTIONS,
-    **ops.FLATTEN_FUNCTIONS, **ops.MEAN_FUNCTIONS,
+    **ops.FLATTEN_FUNCTIONS, **ops.MEAN_FUNCTIONS, **ops.PAD_FUNCTIONS, **ops.INDEX_FUNCTIONS,
     operator.getitem: "operator.getitem", getattr: "getattr", operator.floordiv: "operator.floordiv",
     operator.imul: "operator.imul", operator.matmul: "operator.matmul", torch.mul: "torch.mul",
     torch.sub: "torch.sub", torch.chunk: "torch.chunk", torch.split: "torch.split", torch.stack: "torch.stack",
     torch.squeeze: "torch.squeeze", torch.unsqueeze: "torch.unsqueeze", torch.permute: "torch.permute",
     torch.transpose: "torch.transpose", torch.reshape: "torch.reshape", torch.sum: "torch.sum",
     torch.matmul: "torch.matmul", torch.softmax: "torch.softmax", F.softmax: "F.softmax",
-    F.log_softmax: "F.log_softmax", torch.log_softmax: "torch.log_softmax", F.pad: "F.pad",
+    F.log_softmax: "F.log_softmax", torch.log_softmax: "torch.log_softmax",
     F.normalize: "F.normalize", F.pixel_shuffle: "F.pixel_shuffle",
 }  # fmt: skip
 FUNCTION_NAMES = {name: function for function, name in FUNCTIONS.items()}
@@ -150,6 +150,12 @@ class Architecture:
         return found
 
     @property
+    def indices(self) -> Mapping[str, int]:
+        """The index tensors that the operations read, by name, and how long each is."""
+        found: Mapping[str, int] = self.content.get("indices", {})
+        return found
+
+    @property
     def nodes(self) -> list[Mapping[str, Any]]:
         """The operations in order."""
         found: list[Mapping[str, Any]] = self.content["nodes"]
@@ -171,7 +177,22 @@ def describe(who: str, model: fx.GraphModule) -> Architecture:
             modules[name] = _describe_module(who, name, model.get_submodule(name))
     nodes = [_describe_node(who, node) for node in model.graph.nodes]
     content = {"format": FORMAT, "version": VERSION, "modules": modules, "nodes": nodes}
+    if indices := _describe_indices(who, model):
+        content["indices"] = indices
     return check(who, content)
+
+
+def _describe_indices(who: str, model: fx.GraphModule) -> dict[str, int]:
+    """Return the index tensors that indexed additions and selections read, and how long each is."""
+    found: dict[str, int] = {}
+    for node in model.graph.nodes:
+        if node.op == "get_attr":
+            name = str(node.target)
+            index = dict(model.named_buffers(recurse=False)).get(name)
+            if index is None or index.dtype != torch.int64 or index.ndim != 1 or not len(index):
+                raise ValueError(f"{who}: {node.name} reads {name} directly, which the slim format does not hold.")
+            found[name] = len(index)
+    return found
 
 
 def _describe_module(who: str, name: str, module: Any) -> dict[str, Any]:
@@ -211,8 +232,6 @@ def _describe_node(who: str, node: fx.Node) -> dict[str, Any]:
             title = getattr(node.target, "__name__", str(node.target))
             raise ValueError(f"{who}: {node.name} calls {title}, which the slim format does not hold.")
         described["target"] = FUNCTIONS[node.target]
-    elif node.op == "get_attr":
-        raise ValueError(f"{who}: {node.name} reads {node.target} directly, which the slim format does not hold.")
     elif node.op != "output":
         described["target"] = str(node.target)
     described["args"] = [_encoded(who, node, arg) for arg in node.args]
@@ -246,22 +265,55 @@ def check(who: str, content: Mapping[str, Any]) -> Architecture:
     ValueError
         If anything in it is not what the format allows.
     """
-    modules, nodes = content.get("modules"), content.get("nodes")
-    if set(content) != {"format", "version", "modules", "nodes"} or not isinstance(modules, dict):
-        raise ValueError(f"{who}: the architecture must hold format, version, modules and nodes, and nothing else.")
+    modules, nodes, indices = content.get("modules"), content.get("nodes"), content.get("indices", {})
+    known = set(content) - {"indices"} == {"format", "version", "modules", "nodes"}
+    if not known or not isinstance(modules, dict) or not isinstance(indices, dict):
+        raise ValueError(
+            f"{who}: the architecture must hold format, version, modules, nodes, perhaps indices, and nothing else."
+        )
     if not isinstance(nodes, list) or not 1 <= len(nodes) <= MAX_NODES or len(modules) > MAX_MODULES:
         raise ValueError(f"{who}: the architecture must have 1 to {MAX_NODES} nodes and at most {MAX_MODULES} modules.")
     for name, module in modules.items():
         _check_path(who, name, modules)
         _check_module(who, name, module)
+    for name, size in indices.items():
+        _check_path(who, name, {})
+        if name in {path.partition(".")[0] for path in modules} or "." in name or name[0].isdigit():
+            raise ValueError(f"{who}: the index name {name!r} is taken or no variable.")
+        if not _is_whole(size, 1):
+            raise ValueError(
+                f"{who}: the index {name!r} must have a length from 1 to {MAX_COUNT}; got {str(size)[:80]}."
+            )
     seen: set[str] = set()
     for i, node in enumerate(nodes):
-        _check_node(who, node, seen, modules, last=i == len(nodes) - 1)
+        _check_node(who, node, seen, modules, indices, last=i == len(nodes) - 1)
+    _check_uses(who, nodes, indices)
     inputs = [node["target"] for node in nodes if node["op"] == "placeholder"]
     others = seen - {node["name"] for node in nodes if node["op"] == "placeholder"}
     if len(set(inputs)) != len(inputs) or others & set(inputs) or _RESERVED & set(inputs):
         raise ValueError(f"{who}: the names of the inputs must be their own; got {inputs[:8]}.")
     return Architecture(content)
+
+
+def _check_uses(who: str, nodes: list[Any], names: Mapping[str, Any]) -> None:
+    """Refuse an index that is read by anything but an indexed operation, and an indexed operation without one."""
+    if unread := set(names) - {node["target"] for node in nodes if node["op"] == "get_attr"}:
+        raise ValueError(f"{who}: the index {min(unread)!r} is read by nothing.")
+    indices = [{"node": node["name"]} for node in nodes if node["op"] == "get_attr"]
+    for node in nodes:
+        indexes = node["op"] == "call_function" and node["target"] in _INDEXED
+        if indexes and node["args"][2] not in indices:
+            raise ValueError(f"{who}: the node {node['name']!r} needs an index as its third argument.")
+        others = [arg for i, arg in enumerate(node["args"]) if not (indexes and i == 2)]
+        if any(index in _parts([*others, *node["kwargs"].values()]) for index in indices):
+            raise ValueError(f"{who}: the node {node['name']!r} reads an index, which only {sorted(_INDEXED)} may.")
+
+
+def _parts(value: Any) -> list[Any]:
+    """Return every dictionary inside an argument."""
+    if isinstance(value, dict):
+        return [value, *_parts(list(value.values()))]
+    return [part for item in value for part in _parts(item)] if isinstance(value, list) else []
 
 
 def _check_path(who: str, path: str, modules: Mapping[str, Any]) -> None:
@@ -336,7 +388,9 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def _check_node(who: str, node: Any, seen: set[str], modules: Mapping[str, Any], last: bool) -> None:
+def _check_node(
+    who: str, node: Any, seen: set[str], modules: Mapping[str, Any], indices: Mapping[str, Any], last: bool
+) -> None:
     if not isinstance(node, dict) or not {"name", "op", "args", "kwargs"} <= set(node) <= {
         "name", "op", "target", "args", "kwargs",
     }:  # fmt: skip
@@ -349,7 +403,7 @@ def _check_node(who: str, node: Any, seen: set[str], modules: Mapping[str, Any],
         raise ValueError(f"{who}: the node name {name!r} is taken or no variable.")
     targets: dict[str, Collection[str]] = {
         "placeholder": (target,), "call_module": modules, "call_function": FUNCTION_NAMES, "call_method": METHODS,
-        "output": () if "target" in node else (target,),
+        "get_attr": indices, "output": () if "target" in node else (target,),
     }  # fmt: skip
     if target not in targets.get(op, ()) or last != (op == "output"):
         raise ValueError(f"{who}: the node {name!r} has op {op[:40]!r} with target {target[:140]!r}, which it cannot.")
@@ -368,8 +422,12 @@ def _check_node(who: str, node: Any, seen: set[str], modules: Mapping[str, Any],
 
 def _fits(op: str, target: str, args: list[Any], kwargs: dict[str, Any]) -> bool:
     """Say whether an operation can have that many arguments, and its own tensor where it needs one."""
-    if op in ("placeholder", "output"):
-        return not kwargs and (len(args) == 1 if op == "output" else len(args) <= 1)
+    if op in ("placeholder", "output", "get_attr"):
+        return not kwargs and len(args) in {"placeholder": (0, 1), "output": (1,), "get_attr": (0,)}[op]
+    if op == "call_function" and target in _INDEXED:
+        tensors = [arg for i, arg in enumerate(args) if i != 1]
+        nodes = all(isinstance(arg, dict) and set(arg) == {"node"} for arg in tensors)
+        return nodes and len(args) == _INDEXED[target] and type(args[1]) is int and 1 <= args[1] <= 4 and not kwargs
     if len(args) > 64 or len(kwargs) > 64:
         return False
     if op == "call_method" or target == "getattr":
@@ -382,6 +440,7 @@ _INFIX = frozenset({
     "operator.add", "operator.sub", "operator.mul", "operator.truediv", "operator.floordiv", "operator.matmul",
     "operator.iadd", "operator.imul", "operator.getitem",
 })  # fmt: skip
+_INDEXED = {"torch.index_add": 4, "torch.index_select": 3}
 _RESERVED = frozenset({"self", "torch", "F", "nn", "operator", "getattr", "slice", "Path", "load_file", "device"})
 
 
@@ -424,6 +483,8 @@ def build(who: str, architecture: Architecture) -> fx.GraphModule:
     parts: dict[str, Any] = {}
     for name, module in architecture.modules.items():
         parts[name] = _built(who, name, module)
+    for name, size in architecture.indices.items():
+        parts[name] = torch.empty(size, dtype=torch.int64, device="meta")
     try:
         graph = _graph(architecture)
         code = graph.python_code("self")
@@ -431,6 +492,71 @@ def build(who: str, architecture: Architecture) -> fx.GraphModule:
         raise ValueError(f"{who}: the operations do not make a graph ({error}).") from None
     graphs.check_source(who, code.src, {*code.globals, "getattr", "slice"})
     return fx.GraphModule(parts, graph, "SlimModel")
+
+
+def check_indices(who: str, model: fx.GraphModule, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse index tensors that reach beyond the channels they index, or add to one place twice.
+
+    The numbers of channels are followed from the convolutions on; behind an operation that they cannot be followed
+    through, torch's own check when the network runs has to do.
+
+    Raises
+    ------
+    ValueError
+        If an index is out of range, an addition's does not increase strictly, or its length is not its branch's.
+    """
+    follow = _Counts(model)
+    for node in model.graph.nodes:
+        if node.op == "call_function" and node.target in ops.INDEX_FUNCTIONS:
+            name = str(node.args[2].target)
+            index, limit = tensors[name], follow.known(node.args[0]) or MAX_COUNT
+            if int(index.min()) < 0 or int(index.max()) >= limit:
+                raise ValueError(f"{who}: {name!r} must hold numbers from 0 to {limit - 1}; it reaches beyond.")
+            if node.target is torch.index_add:
+                if not bool((index.diff() > 0).all()):
+                    raise ValueError(f"{who}: {name!r} must increase strictly, since it says where a branch is added.")
+                if (follow.known(node.args[3]) or len(index)) != len(index):
+                    raise ValueError(
+                        f"{who}: {name!r} must have one entry a channel of its branch; it has {len(index)}."
+                    )
+
+
+class _Counts:
+    """How many channels, and dimensions, the results of a built network have, where that can be followed."""
+
+    def __init__(self, model: fx.GraphModule) -> None:
+        self.modules = dict(model.named_modules())
+        self.model = model
+        self.found: dict[fx.Node, tuple[int, int] | None] = {}
+        for node in model.graph.nodes:
+            sources = [self.found[one] for one in node.all_input_nodes if self.found.get(one)]
+            self.found[node] = self._step(node, sources[0] if sources else None)
+
+    def known(self, node: Any) -> int | None:
+        """Return the number of channels of a node's result."""
+        found = self.found[node]
+        return found[0] if found else None
+
+    def _step(self, node: fx.Node, source: tuple[int, int] | None) -> tuple[int, int] | None:
+        if node.op == "call_module":
+            module: Any = self.modules[str(node.target)]
+            if type(module) in ops.CONVOLUTIONS:
+                return module.out_channels, len(module.kernel_size) + 2
+            return source if type(module) in ops.CHANNELWISE | ops.NORMS else None
+        if source is None or node.op not in ("call_function", "call_method"):
+            return None
+        count, ndim = source
+        if node.target is torch.index_select:
+            return len(getattr(self.model, str(node.args[2].target))), ndim  # type: ignore[union-attr]
+        if node.target in ops.PAD_FUNCTIONS:
+            padding = ops.padding(node, ndim)
+            return None if padding is None else (count + sum(padding.channels), ndim)
+        if node.target is operator.getitem:
+            index = ops.whole_batch_index(node, ndim)
+            return None if index is None else (len(range(count)[index[1]]), ndim)
+        same = ops.ACTIVATION_METHODS | ops.SAME_METHODS | ops.ADD_METHODS | {"permute"}
+        functions = {**ops.CHANNELWISE_FUNCTIONS, **ops.SCALAR_FUNCTIONS, **ops.ADD_FUNCTIONS, **ops.INDEX_FUNCTIONS}
+        return source if node.target in (same if node.op == "call_method" else functions) else None
 
 
 def _graph(architecture: Architecture) -> fx.Graph:

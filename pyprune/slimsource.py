@@ -20,7 +20,8 @@ _INFIX = {
 }  # fmt: skip
 _PLAIN_ARGUMENTS: Mapping[str, Any] = {
     "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False, "inplace": False,
-    "scale_factor": None, "align_corners": None, "recompute_scale_factor": None, "antialias": False,
+    "mode": "constant", "value": None, "scale_factor": None, "align_corners": None,
+    "recompute_scale_factor": None, "antialias": False,
 }  # fmt: skip
 """Arguments of F.* at their defaults, which torch.fx writes out and a person would not."""
 
@@ -42,7 +43,7 @@ def write_source(who: str, architecture: Architecture) -> str:
     """
     forward = _forward(architecture)
     body = "\n".join(forward)
-    layers = _layers(architecture)
+    layers = [*_layers(architecture), *_indices(architecture)]
     source = "\n".join([*_head(body, _returns(architecture)), *layers, "", *forward, "", "", *_LOAD, ""])
     graphs.check_source(who, source, _NAMES, _IMPORTS)
     return source
@@ -94,6 +95,15 @@ def _layers(architecture: Architecture) -> list[str]:
             lines += _numbered(name, layer)
         else:
             lines += _assigned(f"self.{name} = ", layer, 8, "")
+    return lines
+
+
+def _indices(architecture: Architecture) -> list[str]:
+    """Return the lines that make room for the index tensors."""
+    lines: list[str] = []
+    for name, size in architecture.indices.items():
+        arguments = [f'"{name}"', f"torch.empty({size}, dtype=torch.int64)"]
+        lines += _call("        self.register_buffer", arguments, 8)
     return lines
 
 
@@ -168,6 +178,9 @@ def _forward(architecture: Architecture) -> list[str]:
             kind = ": torch.Tensor" if not default else ": Any"
             variables[node["name"]] = node["target"]
             inputs.append(f"{node['target']}{kind}{default}")
+            continue
+        if node["op"] == "get_attr":
+            variables[node["name"]] = f"self.{node['target']}"
             continue
         if node["op"] == "output":
             lines.append(f"        return {_text(node['args'][0], variables)}")

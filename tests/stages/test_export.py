@@ -35,8 +35,28 @@ class Net(nn.Module):
         return {"logits": -self.classifier_with_a_long_name(x.view(x.size(0), -1)), "size": x.shape[2:]}
 
 
+class Residual(nn.Module):
+    """Sums of branches that lose different channels, zero channels, and a slice of channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = (nn.Conv2d(*i, 3, padding=1) for i in ((2, 6), (6, 6), (6, 12)))
+        self.last = nn.Conv2d(9, 3, 1)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = F.relu(self.a(x) + x)
+        x = self.b(x[:, :, ::2, ::2]) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 3, 3))
+        return self.last(F.pad(x, (1, 1), "constant", 0.0)[:, 2:11]).mean((2, 3))
+
+
+RESIDUAL = Plan({"stem": [0, 1, 3], "a": [1, 2, 5], "b": [0, 4, 5, 7, 10]})
+
+
 def compacted(model, inputs):
     layers = graph.convolutions(model)
+    if isinstance(model, Residual):
+        return pp.compact(model, RESIDUAL, inputs, latency=False)
     plan = Plan({name: range(0, layer.out_channels, 2) for name, layer in layers.items()})
     return pp.compact(model, plan, inputs, latency=False)
 
@@ -76,6 +96,9 @@ assert not [name for name in sys.modules if name.startswith("pyprune.")]
 
 NETWORKS = {
     "mixed": (Net, (2, 2, 8, 8)),
+    "residual": (Residual, (2, 2, 8, 8)),
+    "channels last": (lambda: Residual().to(memory_format=torch.channels_last), (2, 2, 8, 8)),
+    "resnet": (lambda: pp.models.resnet20(width=0.5), (2, 3, 8, 8)),
     "vgg": (lambda: pp.models.vgg16_bn(num_classes=10, width=0.125), (2, 3, 32, 32)),
     "double": (lambda: pp.models.vgg16_bn(num_classes=10, width=0.125).double(), (1, 3, 32, 32)),
     "bfloat16": (lambda: nn.Sequential(nn.Conv1d(1, 4, 3), nn.Tanh(), nn.Conv1d(4, 2, 3)).bfloat16(), (2, 1, 8)),
@@ -331,6 +354,110 @@ def test_hostile_architectures_are_refused(case, folder, monkeypatch):
     monkeypatch.setattr(files, "read_tensors", lambda *_: pytest.fail("tensors were read"))
     with pytest.raises(ValueError, match=message):
         pp.load_slim(folder)
+
+
+@pytest.fixture
+def residual(tmp_path):
+    torch.manual_seed(0)
+    return pp.save_slim(compacted(Residual(), torch.randn(2, 2, 8, 8)), tmp_path / "residual")
+
+
+def test_the_indices_stand_in_the_file_and_in_the_source(residual):
+    content = json.loads((residual / "architecture.json").read_text())
+    assert content["indices"] == {"add_grown": 5, "add_index": 3, "add_1_grown": 8, "add_1_index": 5}
+    source = (residual / "slim_model.py").read_text()
+    assert 'self.register_buffer("add_index", torch.empty(3, dtype=torch.int64))' in source
+    assert ", 1, self.add_index, " in source
+    assert "F.pad(a, (0, 0, 0, 0, 0, 1))" in source
+    check = [sys.executable, "-m", "ruff", "format", "--check", "--isolated", str(residual / "slim_model.py")]
+    run = subprocess.run(check, capture_output=True, text=True, timeout=60)
+    if "No module named ruff" in run.stderr:
+        pytest.skip("ruff is not installed")
+    assert run.returncode == 0, source
+
+
+def of_node(name, key, value):
+    def change(content):
+        node = next(node for node in content["nodes"] if node.get("target") == name)
+        node[key] = value
+
+    return change
+
+
+def reading(content):
+    reader = next(node for node in content["nodes"] if node.get("target") == "F.relu")
+    place = next(i for i, node in enumerate(content["nodes"]) if node["op"] == "get_attr")
+    index = content["nodes"].pop(place)
+    content["nodes"].insert(1, index)
+    reader["args"] = [{"node": index["name"]}]
+
+
+ADD = "torch.index_add"
+HOSTILE_INDICES = {
+    "a list": (settle(["indices"], []), "must hold format"),
+    "no length": (settle(["indices", "add_index"], 0), "must have a length from 1"),
+    "true length": (settle(["indices", "add_index"], True), "must have a length from 1"),
+    "huge length": (settle(["indices", "add_index"], 1 << 40), "must have a length from 1"),
+    "other length": (settle(["indices", "add_index"], 4), r"must be I64 \[4\] by the architecture"),
+    "lost": (drop(["indices", "add_index"]), "has op 'get_attr' with target 'add_index'"),
+    "unread": (settle(["indices", "more"], 2), "the index 'more' is read by nothing"),
+    "code": (settle(["indices", "x;import os"], 2), "names must be ASCII identifiers"),
+    "dotted": (settle(["indices", "stem.x"], 2), "is taken or no variable"),
+    "a layer's": (settle(["indices", "stem"], 2), "is taken or no variable"),
+    "number": (settle(["indices", "7"], 2), "is taken or no variable"),
+    "hiding": (settle(["indices", "forward"], 2), "hides what every module has"),
+    "an argument": (of_node("add_index", "args", [1]), "cannot take"),
+    "a parameter": (of_node("add_index", "target", "stem.weight"), "has op 'get_attr' with target 'stem.weight'"),
+    "read by another": (reading, "reads an index, which only"),
+    "no index": (of_node(ADD, "args", [{"node": "a"}, 1, {"node": "a"}, {"node": "a"}]), "needs an index as its third"),
+    "an index of numbers": (of_node(ADD, "args", [{"node": "a"}, 1, [0, 1], {"node": "a"}]), "cannot take"),
+    "the batch": (of_node(ADD, "args", [{"node": "a"}, 0, {"node": "add_index"}, {"node": "a"}]), "cannot take"),
+    "few arguments": (of_node(ADD, "args", [{"node": "a"}, 1]), "cannot take"),
+    "keywords": (of_node(ADD, "kwargs", {"alpha": 2}), "cannot take"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE_INDICES)
+def test_hostile_descriptions_of_indices_are_refused(case, residual, monkeypatch):
+    change, message = HOSTILE_INDICES[case]
+    edited(residual, change)
+    monkeypatch.setattr(files, "read_tensors", lambda *_: pytest.fail("tensors were read"))
+    with pytest.raises(ValueError, match=message):
+        pp.load_slim(residual)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("add_index", [0, 1, 5], "'add_index' must hold numbers from 0 to 4; it reaches beyond"),
+        ("add_index", [-1, 1, 2], "'add_index' must hold numbers from 0 to 4"),
+        ("add_index", [0, 2, 1], "'add_index' must increase strictly"),
+        ("add_index", [1, 1, 2], "'add_index' must increase strictly"),
+        ("add_grown", [0, 1, 2, 3, 4], "'add_grown' must hold numbers from 0 to 3"),
+        ("add_1_grown", [1 << 40] * 8, "'add_1_grown' must hold numbers from 0 to"),
+    ],
+)
+def test_hostile_indices_are_refused(name, values, message, residual):
+    tensors, metadata = files.read_tensors("test", residual / "model.safetensors")
+    tensors[name] = torch.tensor(values)
+    files.write_tensors(residual / "model.safetensors", tensors, metadata)
+    with pytest.raises(ValueError, match=message):
+        pp.load_slim(residual)
+
+
+def test_an_index_that_does_not_fit_its_branch_is_refused(residual):
+    tensors, metadata = files.read_tensors("test", residual / "model.safetensors")
+    tensors["add_index"] = torch.tensor([0, 1])
+    files.write_tensors(residual / "model.safetensors", tensors, metadata)
+    edited(residual, settle(["indices", "add_index"], 2))
+    with pytest.raises(ValueError, match="'add_index' must have one entry a channel of its branch; it has 2"):
+        pp.load_slim(residual)
+
+
+def test_a_union_is_called_lossy_on_the_page(tmp_path):
+    model = Residual()
+    slim = pp.compact(model, RESIDUAL, torch.randn(2, 2, 8, 8), latency=False, residual="union")
+    assert "of those filters are not in the plan" in (pp.save_slim(slim, tmp_path) / "README.md").read_text()
 
 
 def test_truncated_and_missing_files_are_refused(folder):
