@@ -18,6 +18,7 @@ from sklearn.metrics import roc_auc_score
 from torch import fx, nn
 
 from pyprune import channels, graph
+from pyprune.machine import keep_freed_memory
 from pyprune.progress import track
 from pyprune.types import Evaluation, FloatArray, IntArray, LayerCount, Plan, Profile
 
@@ -36,6 +37,7 @@ def running(model: nn.Module, device: Device = None, *, train: bool = False) -> 
     flags = {module: module.training for module in model.modules()}
     home = model_device(model)
     target = home if device is None else torch.device(device)
+    keep_freed_memory()
     try:
         if target != home:
             model.to(target)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import operator
 import os
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from torch import fx, nn
 
 from pyprune import files, graph
 from pyprune.features import Layers, convolution_calls, find_taps, why_left_out
-from pyprune.machine import this_machine
+from pyprune.machine import keep_freed_memory, this_machine
 from pyprune.measure import Device, running
 from pyprune.ops.rank import choose_rank, matrix_rank
 from pyprune.progress import bar
@@ -89,20 +91,23 @@ class RankAccumulator:
         self._layers_at: dict[str, list[str]] = {}  # several convolutions may share one tap
         for name, tap in self.taps.items():
             self._layers_at.setdefault(tap.node, []).append(name)
-        C = num_classes or 0
-        self._counts = torch.zeros(C, dtype=torch.int64)
-        self._sums = {
-            node: torch.zeros(C, self._filters[names[0]], dtype=torch.int64) for node, names in self._layers_at.items()
-        }
+        ends = list(itertools.accumulate((self._filters[names[0]] for names in self._layers_at.values()), initial=0))
+        self._columns = {node: slice(*ends[i : i + 2]) for i, node in enumerate(self._layers_at)}  # of each tap
+        self._counts = torch.zeros(num_classes or 0, dtype=torch.int64)
+        self._sums = torch.zeros(num_classes or 0, ends[-1], dtype=torch.int64)  # [C, filters of all taps]
+        # One buffer for all taps, kept from batch to batch: small tensors that outlive the maps between which they
+        # were allocated would cut the freed memory into pieces too short for the next maps.
+        self._ranks = torch.empty(0, ends[-1], dtype=torch.int32)  # [N, filters of all taps]
         self.variants: set[str] = set()
         self._machine = this_machine()
         self._shapes: dict[str, tuple[int, int]] = {}
-        self._pending: dict[str, torch.Tensor] = {}
+        self._pending: set[str] = set()  # taps read since the last update
         self._open: ExitStack | None = None
 
     def __enter__(self) -> RankAccumulator:
         if self._open is not None:
             raise ValueError("RankAccumulator: it reads this model already; leave the first `with` before the next.")
+        keep_freed_memory()
         with ExitStack() as stack:
             stack.enter_context(_eval_mode(self._model))
             run = stack.enter_context(self._hooked()) if self._graph is None else self._interpreted(self._graph)
@@ -114,7 +119,7 @@ class RankAccumulator:
         stack, self._open = self._open, None
         if stack is not None:
             stack.close()
-        forgotten, self._pending = bool(self._pending), {}
+        forgotten, self._pending = bool(self._pending), set()
         if forgotten and kind is None:
             raise ValueError("RankAccumulator: the last batch was run and not counted; call update(labels) after it.")
 
@@ -139,10 +144,9 @@ class RankAccumulator:
             raise ValueError(f"RankAccumulator: the forward pass did not reach the tap of {missing[0]!r}.")
         index = torch.from_numpy(self._check_labels(integer_labels("RankAccumulator", labels)))
         self._grow(int(index.max()) + 1 if len(index) else 0)
-        for node, ranks in self._pending.items():
-            self._sums[node].index_add_(0, index, ranks.to(torch.int64))
+        self._sums.index_add_(0, index, self._ranks.to(torch.int64))
         self._counts += torch.bincount(index, minlength=len(self._counts))
-        self._pending = {}
+        self._pending = set()
 
     def ranks(self, info: Mapping[str, Any] | None = None) -> ClassRanks:
         """Return the mean ranks so far, R [F, C] = sum / count; ``info`` is kept with them.
@@ -160,8 +164,9 @@ class RankAccumulator:
             )
         notes = {name: tap.note for name, tap in self.taps.items() if tap.note}
         counts = self._counts.numpy()
+        means = (self._sums.numpy() / counts[:, None]).T
         return ClassRanks(
-            layers={name: (self._sums[tap.node].numpy() / counts[:, None]).T for name, tap in self.taps.items()},
+            layers={name: means[self._columns[tap.node]] for name, tap in self.taps.items()},
             counts=counts,
             shapes={name: self._shapes[tap.node] for name, tap in self.taps.items()},
             taps={name: tap.node for name, tap in self.taps.items()},
@@ -183,7 +188,7 @@ class RankAccumulator:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return copies of the int64 sums [C, F], the images counted per class [C], and the maps' sizes (H, W)."""
         sizes = {f"shape/{node}": torch.tensor(shape) for node, shape in self._shapes.items()}
-        sums = {f"sums/{node}": total.clone() for node, total in self._sums.items()}
+        sums = {f"sums/{node}": self._sums[:, columns].clone() for node, columns in self._columns.items()}
         return {"counts": self._counts.clone(), **sizes, **sums}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -196,8 +201,7 @@ class RankAccumulator:
         """
         self._check_state(state)
         self._counts.zero_()
-        for total in self._sums.values():
-            total.zero_()
+        self._sums.zero_()
         self._shapes = {}
         self._add(state)
 
@@ -206,8 +210,8 @@ class RankAccumulator:
         self._grow(len(state["counts"]))
         C = len(state["counts"])
         self._counts[:C] += state["counts"]
-        for node, total in self._sums.items():
-            total[:C] += state[f"sums/{node}"]
+        for node, columns in self._columns.items():
+            self._sums[:C, columns] += state[f"sums/{node}"]
             if f"shape/{node}" in state:
                 self._check_shape(node, tuple(state[f"shape/{node}"].tolist()))
 
@@ -217,20 +221,18 @@ class RankAccumulator:
             raise ValueError("RankAccumulator: a batch is waiting; call update(labels) first.")
         sums = {name.removeprefix("sums/"): tensor for name, tensor in state.items() if name.startswith("sums/")}
         C = len(state.get("counts", ()))
-        same = "counts" in state and sums.keys() == self._sums.keys()
-        same = same and all(sums[node].shape == (C, total.shape[1]) for node, total in self._sums.items())
+        same = "counts" in state and sums.keys() == self._columns.keys()
+        same = same and all(sums[node].shape == (C, at.stop - at.start) for node, at in self._columns.items())
         if not same or (self.num_classes is not None and self.num_classes < C):
             raise ValueError(
                 "RankAccumulator: the sums are of other taps, filters or classes; rank the same model alike."
             )
 
     def _check_labels(self, labels: IntArray) -> IntArray:
-        for node, ranks in self._pending.items():
-            if len(ranks) != len(labels):
-                raise ValueError(
-                    f"RankAccumulator: needs one label per image; got {len(labels)} labels for {len(ranks)} maps of "
-                    f"{self._layers_at[node][0]!r}."
-                )
+        if len(labels) != len(self._ranks):
+            raise ValueError(
+                f"RankAccumulator: needs one label per image; got {len(labels)} labels for {len(self._ranks)} images."
+            )
         limit = MAX_GROWTH if self.num_classes is None else self.num_classes
         bad = labels[(labels < 0) | (labels >= limit)]
         if len(bad):
@@ -241,7 +243,7 @@ class RankAccumulator:
     def _grow(self, classes: int) -> None:
         more = max(0, classes - len(self._counts))
         self._counts = nn.functional.pad(self._counts, (0, more))
-        self._sums = {node: nn.functional.pad(total, (0, 0, 0, more)) for node, total in self._sums.items()}
+        self._sums = nn.functional.pad(self._sums, (0, 0, 0, more))
 
     def _guarded(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """Return a ``forward`` that runs ``run`` without gradients, once per update, and forgets what failed."""
@@ -253,23 +255,15 @@ class RankAccumulator:
                 with torch.no_grad():
                     return run(*args, **kwargs)
             except BaseException:
-                self._pending = {}
+                self._pending = set()
                 raise
 
         return forward
 
     def _interpreted(self, traced: fx.Graph) -> Callable[..., Any]:
         """Return a ``forward`` that runs the traced graph node by node and reads the taps on the way."""
-        reader = _Reader(self._model, traced, self._layers_at, self._read)
-        placeholders = [node for node in traced.nodes if node.op == "placeholder"]
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return reader.run(*args, *_positional(placeholders[len(args) :], kwargs))
-            finally:
-                reader.env = {}  # it would hold the output, and the maps of nodes that nothing consumes
-
-        return forward
+        run = _Interpreter(self._model, traced, self._layers_at, self._read)
+        return lambda *args, **kwargs: run(_bound(traced, args, kwargs))
 
     @contextmanager
     def _hooked(self) -> Iterator[Callable[..., Any]]:
@@ -304,9 +298,18 @@ class RankAccumulator:
             choose_rank(maps.shape, str(maps.dtype).removeprefix("torch."), maps.device.type, self._machine)
         )
         try:
-            self._pending[node] = matrix_rank(maps).cpu()
+            ranks = matrix_rank(maps)
         except (TypeError, ValueError) as error:
             raise ValueError(f"RankAccumulator: {where} cannot be ranked. {error}") from None
+        if not self._pending and len(ranks) != len(self._ranks):
+            self._ranks = self._ranks.new_empty(len(ranks), self._ranks.shape[1])
+        if len(ranks) != len(self._ranks):
+            raise ValueError(
+                f"RankAccumulator: {where} must be of {len(self._ranks)} images, as at the taps before; "
+                f"got {len(ranks)}. Leave the layer out."
+            )
+        self._ranks[:, self._columns[node]] = ranks
+        self._pending.add(node)
 
     def _check_shape(self, node: str, shape: tuple[int, ...]) -> None:
         H, W = shape
@@ -318,34 +321,69 @@ class RankAccumulator:
             )
 
 
-class _Reader(fx.Interpreter):
-    """Run a traced graph; hand the value of each node in ``watched`` to ``read`` as soon as it exists."""
+class _Interpreter:
+    """Run a traced graph; hand the value of each node in ``watched`` to ``read`` as soon as it exists.
+
+    ``fx.Interpreter`` does the same at ten times the cost of a node, which small networks feel.
+    """
 
     def __init__(
         self, model: nn.Module, traced: fx.Graph, watched: Container[str], read: Callable[[str, Any], None]
     ) -> None:
-        super().__init__(model, graph=traced)
-        self.extra_traceback = False  # it rewrites the message of every error
-        self._watched = watched
         self._read = read
+        modules = dict(model.named_modules(remove_duplicate=False))
+        last_use = {used: node for node in traced.nodes for used in node.all_input_nodes}
+        self._steps = [
+            (
+                node, _as_function(model, modules, node), node.name in watched,
+                [used for used in (node, *node.all_input_nodes) if last_use.get(used, node) is node],
+            )
+            for node in traced.nodes if node.op not in ("placeholder", "output")
+        ]  # fmt: skip
+        self._output = next(node for node in traced.nodes if node.op == "output")
 
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self._watched:
-            self._read(n.name, value)
-        return value
+    def __call__(self, env: dict[fx.Node, Any]) -> Any:
+        for node, function, is_watched, done in self._steps:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+            env[node] = function(*args, **kwargs)
+            del args, kwargs  # or the next operation would run while they still hold this one's inputs
+            if is_watched:
+                self._read(node.name, env[node])
+            for used in done:
+                del env[used]
+        return fx.node.map_arg(self._output.args[0], env.__getitem__)
 
 
-def _positional(placeholders: Iterable[fx.Node], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Return the values of the inputs not given by position, up to the first that is not given at all."""
-    left = dict(kwargs)
-    values: list[Any] = []
-    for node in placeholders:
-        if str(node.target) not in left and not node.args:
-            break
-        values.append(left.pop(str(node.target)) if str(node.target) in left else node.args[0])
-    if left:
-        raise TypeError(f"RankAccumulator: the model's forward has no such input, or not twice: {', '.join(left)}.")
+def _as_function(model: nn.Module, modules: Mapping[str, nn.Module], node: fx.Node) -> Callable[..., Any]:
+    """Return what ``node`` calls."""
+    if node.op == "call_module":
+        return modules[str(node.target)]
+    if node.op == "call_method":
+        return lambda owner, *args, **kwargs: getattr(owner, str(node.target))(*args, **kwargs)
+    if node.op == "get_attr":
+        return lambda: operator.attrgetter(str(node.target))(model)
+    return node.target  # type: ignore[return-value]  # a function
+
+
+def _bound(traced: fx.Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[fx.Node, Any]:
+    """Return the value of each input of the graph, given by position or by name or left at its default."""
+    given, named = list(args), dict(kwargs)
+    values: dict[fx.Node, Any] = {}
+    for node in traced.nodes:
+        if node.op != "placeholder":
+            continue
+        name = str(node.target)
+        if name.startswith("*"):
+            values[node], given, named = (named, given, {}) if name.startswith("**") else (given, [], named)
+        elif given:
+            values[node] = given.pop(0)
+        elif name in named or node.args:
+            values[node] = named.pop(name) if name in named else node.args[0]
+        else:
+            raise TypeError(f"RankAccumulator: the model's forward needs {name!r}; pass it.")
+    if given or named:
+        extra = ", ".join(named) or f"{len(given)} more by position"
+        raise TypeError(f"RankAccumulator: the model's forward has no such input, or not twice: {extra}.")
     return values
 
 

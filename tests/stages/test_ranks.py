@@ -153,8 +153,7 @@ def test_no_map_outlives_its_batch(data, layers):
         gc.collect()
         assert len(maps) == 4
         assert not any(ref() is not None for ref in maps)
-        held = list(accumulator._pending.values())
-        assert {(tuple(r.shape), r.dtype) for r in held} == {((6, filters), torch.int32) for filters in (3, 4, 5)}
+        assert (tuple(accumulator._ranks.shape), accumulator._ranks.dtype) == ((6, 3 + 4 + 5), torch.int32)
         accumulator.update(data.tensors[1][:6])
         assert not accumulator._pending
 
@@ -256,7 +255,7 @@ def test_update_refuses_what_it_cannot_count(model, data):
         model(x)
         with pytest.raises(ValueError, match="ran twice; call update"):
             model(x)
-        with pytest.raises(ValueError, match="got 3 labels for 4 maps of 'conv1'"):
+        with pytest.raises(ValueError, match="one label per image; got 3 labels for 4 images"):
             accumulator.update([0, 1, 2])
         with pytest.raises(ValueError, match=r"labels must be in \[0, 3\); got 3. Correct"):
             accumulator.update([0, 1, 2, 3])
