@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from pyprune import graph, operations
 
-TAPS = ("activation", "norm")
+TAPS = ("activation", "norm", "hrank")
 """What ``taps`` may say."""
 
 Layers = Sequence[str] | Mapping[str, str] | None
@@ -35,6 +35,9 @@ _SAME_NAMES = frozenset(
     | {"detach", "stochastic_depth"}
 )
 _ADD_NAMES = frozenset({"add", "iadd"})
+_OTHER_JOIN_NAMES = frozenset({"cat", "concat", "concatenate", "stack", "mul", "imul", "sub", "isub"})
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d)
+_POOL_NAMES = frozenset({"max_pool2d", "avg_pool2d"})
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,11 @@ def find_taps(
     else before an activation, the output of the last norm passed is read, or the convolution's own, and the tap's note
     says so. ``taps="norm"`` reads there in every layer.
 
+    ``taps="hrank"`` reads where HRank's published code does: behind that activation, and behind the pool where nothing
+    but a pool consumes it and convolutions follow. In a chain the last convolution is not read: it gets the tap, and so
+    the ranks, of the one before, if they have equally many filters. Networks with other joins than additions are
+    read as with ``"activation"``. The notes say where either was done.
+
     Parameters
     ----------
     model
@@ -70,7 +78,7 @@ def find_taps(
         of names: those. A mapping from the name of a convolution to the name of a module: the module's output is
         the map, no graph is needed, and the model need not be traceable.
     taps
-        ``"activation"`` or ``"norm"``.
+        ``"activation"``, ``"norm"`` or ``"hrank"``.
     traced
         The graph of ``model``, if at hand.
 
@@ -92,13 +100,18 @@ def find_taps(
     if isinstance(layers, Mapping):
         return _named_by_hand(model, layers)
     names = _check_layers(model, layers)
-    calls = convolution_calls(model, graph.trace(model, "find_taps") if traced is None else traced)
+    traced = graph.trace(model, "find_taps") if traced is None else traced
+    calls = convolution_calls(model, traced)
     modules = dict(model.named_modules())
+    joins = _joins(traced)
+    previous = _before_the_last(calls) if taps == "hrank" and not joins else {}
     found: dict[str, Tap] = {}
     for name in names:
         nodes = calls[name]
         if len(nodes) == 1:
             node, note = _read_at(nodes[0], modules, taps)
+            if taps == "hrank":
+                node, note = _as_hrank(node, note, nodes[0], previous, joins, modules)
             found[name] = Tap(name, node.name, note)
         elif layers is not None:
             raise ValueError(
@@ -163,14 +176,73 @@ def _named_by_hand(model: nn.Module, layers: Mapping[str, str]) -> dict[str, Tap
 def _read_at(convolution: fx.Node, modules: Mapping[str, nn.Module], taps: str) -> tuple[fx.Node, str]:
     """Return the node to read for ``convolution``, and why it is not the one that ``taps`` asks for, if it is not."""
     path, end = _follow(convolution, modules)
-    if taps == "activation" and path and path[-1][1] == "activation":
+    if taps != "norm" and path and path[-1][1] == "activation":
         return path[-1][0], ""
     own = list(itertools.takewhile(lambda step: step[1] in ("norm", "same"), path))
     norms = [node for node, kind in own if kind == "norm"]
     place = "its norm's output" if norms else "its own output"
-    if taps == "activation":
+    if taps != "norm":
         return (norms or [convolution])[-1], f"read at {place}: the path {end} before an activation"
     return (norms or [convolution])[-1], "" if norms else f"read at {place}: it has no norm of its own"
+
+
+def _joins(traced: fx.Graph) -> set[str]:
+    """Return how ``traced`` joins branches: "add", "cat" and so on; nothing for a chain."""
+    names = {
+        _operation(n.target)
+        for n in traced.nodes
+        if n.op in ("call_function", "call_method") and len(n.all_input_nodes) > 1
+    }
+    return names & (_ADD_NAMES | _OTHER_JOIN_NAMES)
+
+
+def _before_the_last(calls: Mapping[str, Sequence[fx.Node]]) -> dict[fx.Node, fx.Node]:
+    """Return the last convolution of a chain with the one before, or nothing if the chain is too short."""
+    in_order = sorted(node for nodes in calls.values() for node in nodes)  # nodes compare by their place in the graph
+    return {in_order[-1]: in_order[-2]} if len(in_order) > 1 else {}
+
+
+def _as_hrank(
+    node: fx.Node, note: str, convolution: fx.Node, previous: Mapping[fx.Node, fx.Node], joins: set[str],
+    modules: Mapping[str, nn.Module],
+) -> tuple[fx.Node, str]:  # fmt: skip
+    """Return where HRank reads ``convolution``, given its activation's ``node`` and what that lacks."""
+    if note or joins - _ADD_NAMES:
+        return node, note or "read at its activation: HRank's places are known for chains and residual networks only"
+    if convolution in previous:
+        other = previous[convolution]
+        filters = [modules[str(call.target)].out_channels for call in (convolution, other)]
+        if filters[0] == filters[1]:
+            there, _ = _as_hrank(*_read_at(other, modules, "hrank"), other, {}, joins, modules)
+            return there, f"HRank does not read a chain's last convolution: it gets the ranks of {other.target}"
+        return node, f"HRank would copy the ranks of {other.target}, which has {filters[1]} filters; read for itself"
+    at = node
+    while len(at.users) == 1:
+        at = next(iter(at.users))
+        if _is_pool(at, modules) and _leads_to_convolution(at, modules):
+            return at, ""
+        if _kind(at, at.all_input_nodes[0], modules) != "same":
+            break
+    return node, ""
+
+
+def _is_pool(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return isinstance(modules[str(node.target)], _POOLS)
+    return node.op == "call_function" and _operation(node.target) in _POOL_NAMES
+
+
+def _leads_to_convolution(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Say whether a 2-d convolution comes after ``node``: a global pool before the classifier is no place to read."""
+    seen, left = {node}, [node]
+    while left:
+        for user in left.pop().users:
+            if user.op == "call_module" and isinstance(modules[str(user.target)], nn.Conv2d):
+                return True
+            if user not in seen:
+                seen.add(user)
+                left.append(user)
+    return False
 
 
 def _follow(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[list[tuple[fx.Node, str]], str]:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pyprune import models
 from pyprune.features import Tap, find_taps
 
 
@@ -146,8 +147,79 @@ def test_layers_by_name_are_a_checked_subset():
 
 
 def test_unknown_taps_list_what_there_is():
-    with pytest.raises(ValueError, match="one of 'activation', 'norm'; got 'hrank'"):
-        find_taps(Block(), taps="hrank")
+    with pytest.raises(ValueError, match="one of 'activation', 'norm', 'hrank'; got 'hrnak'"):
+        find_taps(Block(), taps="hrnak")
+
+
+HRANK_VGG = [2, 6, 9, 13, 16, 19, 23, 26, 29, 33, 36, 39]
+"""Where HRank's published code hooks VGG-16: positions among all modules of ``features``."""
+
+
+def test_hrank_taps_of_vgg_are_the_published_positions():
+    model = models.vgg16_bn(width=0.125)
+    taps = find_taps(model, taps="hrank")
+    positions = {f"features_{name}": i for i, name in enumerate(dict(model.features.named_children()))}
+    assert [positions[tap.node] for tap in taps.values()] == [*HRANK_VGG, 39]
+    *own, last = taps.values()
+    assert not any(tap.note for tap in own)
+    assert last.note == "HRank does not read a chain's last convolution: it gets the ranks of features.conv15"
+    plain = [positions[tap.node] for tap in find_taps(model).values()]
+    assert plain != [*HRANK_VGG, 39], "the comparison must tell the two kinds of taps apart"
+    alone = find_taps(model, ["features.conv16"], taps="hrank")
+    assert alone == {"features.conv16": last}
+
+
+def test_hrank_taps_of_residual_networks_are_their_activations_and_the_pooled_stem():
+    small = models.resnet20(width=0.25)
+    assert find_taps(small, taps="hrank") == find_taps(small)
+    assert find_taps(Block(), taps="hrank") == find_taps(Block())
+    large = models.resnet50()
+    plain, hrank = find_taps(large), find_taps(large, taps="hrank")
+    assert {name: tap.node for name, tap in hrank.items() if tap != plain[name]} == {"conv1": "maxpool"}
+
+
+def test_hrank_copies_only_between_layers_with_as_many_filters():
+    def taps(last):
+        return find_taps(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, last, 3), nn.ReLU()), taps="hrank")
+
+    assert taps(4)["2"].node == taps(5)["0"].node == "_1"
+    assert taps(5)["2"] == Tap("2", "_3", "HRank would copy the ranks of 0, which has 4 filters; read for itself")
+    assert find_taps(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()), taps="hrank")["0"] == Tap("0", "_1")
+
+
+def test_hrank_taps_stop_at_pools_that_end_the_features_and_at_forks():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Conv2d(3, 3, 1) for _ in range(4))
+
+        def forward(self, x):
+            y = F.avg_pool2d(F.dropout(F.relu(self.a(x)), training=False), 2)
+            y = F.relu(self.b(y))
+            y = F.max_pool2d(y, 2) + y.mean((2, 3), keepdim=True)  # two consumers
+            y = F.adaptive_avg_pool2d(F.relu(self.c(y)), 4)
+            return F.max_pool2d(F.relu(self.d(y)), 4)
+
+    taps = find_taps(Net(), taps="hrank")
+    assert [tap.node for tap in taps.values()] == ["avg_pool2d", "relu_1", "relu_2", "relu_3"]
+    assert not any(tap.note for tap in taps.values())
+
+
+def test_hrank_taps_of_unknown_structures_are_activations_and_say_so():
+    class Dense(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(6, 3, 1)
+
+        def forward(self, x):
+            y = F.max_pool2d(F.relu(self.a(x)), 2)
+            return self.b(torch.cat([y, y], 1))
+
+    taps = find_taps(Dense(), taps="hrank")
+    assert taps["a"].node == "relu"
+    assert taps["a"].note == "read at its activation: HRank's places are known for chains and residual networks only"
+    assert taps["b"] == find_taps(Dense())["b"]
+    assert taps["b"].note
 
 
 def test_taps_by_hand_need_no_graph():

@@ -116,6 +116,45 @@ def test_inside_the_with_block_the_model_computes_what_it_did(model, data):
     assert accumulator.ranks().counts.tolist() == [4, 4, 2]
 
 
+def test_inputs_by_position_by_name_by_default_and_by_star(data):
+    class Many(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 3)
+
+        def forward(self, x, shift=0.0, *more, **named):
+            return self.conv(x) + shift + more[0] * named["by"]
+
+    model, x = Many(), data.tensors[0][:2]
+    with torch.no_grad():
+        expected = model(x, 1.0, 2.0, by=3.0)
+    accumulator = RankAccumulator(model)
+    with accumulator:
+        assert torch.equal(model(x, 1.0, 2.0, by=3.0), expected)
+        accumulator.update([0, 0])
+    plain = RankAccumulator(nn.Sequential(nn.Conv2d(1, 2, 3)))
+    with plain, pytest.raises(TypeError, match="needs 'input'; pass it"):
+        plain._model()
+    with plain, pytest.raises(TypeError, match="no such input, or not twice: 1 more by position"):
+        plain._model(x, x)
+
+
+def test_taps_of_another_number_of_images_are_refused(data):
+    class Folds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 1)
+
+        def forward(self, x):
+            y = F.relu(self.a(x))
+            return self.b(y.reshape(-1, 2, 4, 2))
+
+    model = Folds()
+    with pytest.raises(ValueError, match=r"'b'.*must be of 3 images, as at the taps before; got 6"):
+        with RankAccumulator(model):
+            model(data.tensors[0][:3])
+
+
 def test_everything_is_put_back_after_an_error(model, data):
     own = model.forward
     model.forward = own
@@ -200,6 +239,24 @@ def test_norm_taps_read_the_norm(model, data):
     found = rank_filters(model, DataLoader(data, batch_size=30), images_per_class=5, taps="norm")
     assert found.taps == {"conv1": "bn1", "conv2": "bn2", "project": "project"}
     assert found.info["notes"] == {"project": "read at its own output: it has no norm of its own"}
+
+
+def test_hrank_taps_read_behind_pools_and_copy_the_last_layer(data):
+    torch.manual_seed(0)
+    model = pp.models.vgg_digits(widths=(4, 4, 6, 6)).eval()
+    images = TensorDataset(torch.randn(60, 1, 16, 16), data.tensors[1])
+    found = rank_filters(model, DataLoader(images, batch_size=30), images_per_class=20, taps="hrank")
+    R, shapes = found.layers, found.shapes
+    assert list(shapes.values()) == [(16, 16), (8, 8), (8, 8), (8, 8)]
+    assert np.array_equal(R["features.conv4"], R["features.conv3"])
+    assert list(found.info["notes"]) == ["features.conv4"]
+    with torch.no_grad():
+        pooled = model.features[:7](images.tensors[0])
+    ranks = matrix_rank(pooled.numpy())
+    expected = np.stack([ranks[data.tensors[1] == c].mean(0) for c in range(3)], 1)
+    np.testing.assert_array_equal(R["features.conv1"], expected)
+    own = rank_filters(model, DataLoader(images, batch_size=30), images_per_class=20)
+    assert not np.array_equal(own.layers["features.conv4"], R["features.conv4"])
 
 
 def test_a_model_that_cannot_be_traced_is_read_through_hooks(model, data):
