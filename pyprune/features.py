@@ -35,7 +35,8 @@ _SAME_NAMES = frozenset(
     | {"detach", "stochastic_depth"}
 )
 _ADD_NAMES = frozenset({"add", "iadd"})
-_OTHER_JOIN_NAMES = frozenset({"cat", "concat", "concatenate", "stack", "mul", "imul", "sub", "isub"})
+_PAIR_NAMES = _ADD_NAMES | {"mul", "imul", "sub", "isub"}  # joins, where both are tensors
+_LIST_NAMES = frozenset({"cat", "concat", "concatenate", "stack"})
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 _POOL_NAMES = frozenset({"max_pool2d", "avg_pool2d"})
 
@@ -188,12 +189,9 @@ def _read_at(convolution: fx.Node, modules: Mapping[str, nn.Module], taps: str) 
 
 def _joins(traced: fx.Graph) -> set[str]:
     """Return how ``traced`` joins branches: "add", "cat" and so on; nothing for a chain."""
-    names = {
-        _operation(n.target)
-        for n in traced.nodes
-        if n.op in ("call_function", "call_method") and len(n.all_input_nodes) > 1
-    }
-    return names & (_ADD_NAMES | _OTHER_JOIN_NAMES)
+    functions = [node for node in traced.nodes if node.op in ("call_function", "call_method")]
+    pairs = {_operation(node.target) for node in functions if len(node.all_input_nodes) > 1} & _PAIR_NAMES
+    return pairs | {_operation(node.target) for node in functions} & _LIST_NAMES
 
 
 def _before_the_last(calls: Mapping[str, Sequence[fx.Node]]) -> dict[fx.Node, fx.Node]:

@@ -150,9 +150,9 @@ def test_taps_of_another_number_of_images_are_refused(data):
             return self.b(y.reshape(-1, 2, 4, 2))
 
     model = Folds()
-    with pytest.raises(ValueError, match=r"'b'.*must be of 3 images, as at the taps before; got 6"):
-        with RankAccumulator(model):
-            model(data.tensors[0][:3])
+    message = r"'b'.*must be of 3 images, as at the taps before; got 6"
+    with pytest.raises(ValueError, match=message), RankAccumulator(model):
+        model(data.tensors[0][:3])
 
 
 def test_everything_is_put_back_after_an_error(model, data):
