@@ -41,15 +41,29 @@ wheel: install  ## Build the wheel into dist/, with build isolation
 	rm -rf dist
 	$(BIN)/python -m build -q --wheel
 
-smoke: wheel  ## Install the wheel into a clean environment and try it there
-	rm -rf build/smoke && $(PYTHON) -m venv build/smoke
+smoke: wheel  ## Try the wheel in a clean environment, and its slim folders in one without pyprune
+	rm -rf build/smoke build/slim && $(PYTHON) -m venv build/smoke && $(PYTHON) -m venv build/slim
 	build/smoke/bin/python -m pip install -q -c constraints.txt dist/*.whl
+	build/slim/bin/python -m pip install -q -c constraints.txt torch safetensors
 	cd build/smoke && bin/python -W error -P ../../tests/smoke.py
+	cd build/smoke && ../slim/bin/python -P ../../tests/smoke_slim.py vgg_digits resnet20
 
 check: lint smoke test  ## Everything that CI runs
 
 bench: install  ## The benchmarks, peers in the same groups
 	$(BIN)/python -m pytest benchmarks -o addopts="" --benchmark-only --benchmark-group-by=group
+
+# Real data that is not part of the project: PYPRUNE_DATA is a folder with CIFAR-10 as JPEG and pretrained ResNets.
+REAL_DATA = npz:$(PYPRUNE_DATA)/cifar10_train_jpegbytes.npz,$(PYPRUNE_DATA)/cifar10_test_jpegbytes.npz
+REAL = $(BIN)/pyprune prune --data "$(REAL_DATA)" --normalise imagenet --steps 200
+
+resnet20: install  ## Prune a pretrained ResNet-20 by CRank on real CIFAR-10 (PYPRUNE_DATA), in minutes
+	$(REAL) --arch resnet20 --weights $(PYPRUNE_DATA)/cifar10_resnet20-12fca82f.safetensors --out runs/resnet20-crank
+
+RESNET56 = --arch resnet56 --weights $(PYPRUNE_DATA)/cifar10_resnet56_jpegadapted_200steps.safetensors
+resnet56: install  ## The same for ResNet-56, and HRank at CRank's rates
+	$(REAL) $(RESNET56) --out runs/resnet56-crank
+	$(REAL) $(RESNET56) --method hrank --rates runs/resnet56-crank/plan.json --out runs/resnet56-hrank
 
 clean:  ## Remove what was built
 	rm -rf build dist $(VENV) $(DEMO)
