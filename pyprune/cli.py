@@ -51,8 +51,10 @@ def main() -> None:
     interrupted = 130
     try:
         status = app(standalone_mode=False)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError) as error:
         status = _fail(str(error))
+    except OSError as error:
+        status = _fail(f"cannot read or write {error.filename}: {error.strerror}." if error.filename else str(error))
     except (KeyboardInterrupt, typer.Abort):
         status = interrupted
     except Exception as error:
@@ -117,6 +119,7 @@ def rank(
     """Read the class-conditional ranks of every filter in one pass over a sample of the training images."""
     from pyprune.ranks import rank_filters
 
+    _check_out(out)
     network, splits = _network(arch, model, weights, data, seed)
     *_, ranking = _loaders(splits, seed)
     ranks = rank_filters(
@@ -150,6 +153,7 @@ def select(
     from pyprune.selection import select as choose
     from pyprune.types import ClassRanks
 
+    _check_out(out)
     found = ClassRanks.load(ranks)
     network = _build(arch, model, found.num_classes)
     plan = choose(network, method, ranks=found, rates=_rates(rates), exclude=tuple(exclude or ()))
@@ -179,7 +183,7 @@ def finetune(
     from pyprune.measure import evaluate
     from pyprune.types import Plan
 
-    files.make_folder("--out", out.parent)
+    _check_out(out)
     wanted = None if plan is None else Plan.load(plan)
     network, splits = _network(arch, model, weights, data, seed)
     masks = None if wanted is None else mask_(network, wanted)
@@ -218,10 +222,11 @@ def compact(
     as_json: Json = False,
 ) -> None:
     """Remove the filters that the plan drops, prove that nothing changed, and write the slim folder."""
-    from pyprune import compaction, export
+    from pyprune import compaction, export, files
     from pyprune.hrank import zero_filters
     from pyprune.types import Plan
 
+    files.make_folder("--out", out)
     wanted = None if plan is None else Plan.load(plan)
     network, splits = _network(arch, model, weights, data, seed)
     if wanted is None:
@@ -281,6 +286,15 @@ def convert(
 
     names = convert_checkpoint(source, target)
     typer.echo(f"{target}: {len(names)} tensors.")
+
+
+def _check_out(out: Path) -> None:
+    """Refuse, before any work is done, a file that could not be written."""
+    from pyprune import files
+
+    if out.is_dir():
+        raise ValueError(f"--out: needs the name of a file; {out} is a folder.")
+    files.make_folder("--out", out.parent)
 
 
 def _build(arch: str | None, model: str | None, num_classes: int) -> nn.Module:

@@ -49,9 +49,11 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         os.umask(umask)
         Path(temporary).chmod(0o666 & ~umask)  # mkstemp makes files private
         Path(temporary).replace(target)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             Path(temporary).unlink()
+        if isinstance(error, OSError):  # name the file that is meant, not the temporary one
+            raise OSError(error.errno, error.strerror, str(target)) from error
         raise
     folder = os.open(target.parent, os.O_RDONLY)
     try:

@@ -120,7 +120,9 @@ def test_ones_own_model_by_its_factory(run: Run, tmp_path: Path) -> None:
 def bad(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> dict[str, Path]:
     """Files that are not what they should be."""
     folder = tmp_path_factory.mktemp("bad")
-    found = {name: folder / name for name in ("truncated", "foreign", "other_plan", "other_ranks", "small", "a_file")}
+    names = ("truncated", "foreign", "other_plan", "good_plan", "other_ranks", "small", "a_file")
+    found = {name: folder / name for name in names}
+    pp.Plan({"features.conv0": [0]}).save(found["good_plan"])
     found["truncated"].write_bytes(weights.read_bytes()[:1000])
     found["foreign"].write_text("hello")
     found["a_file"].write_text("")
@@ -163,6 +165,13 @@ COMMANDS = {
     "plan foreign": ("compact --arch vgg_digits --weights {weights} --plan {foreign}", "not readable JSON"),
     "plan of another model": ("compact --arch vgg_digits --weights {weights} --plan {other_plan}", "another model"),
     "output is a file": ("prune --arch vgg_digits --weights {weights} --out {a_file}", "must be writable"),
+    "output in a file": ("rank --arch vgg_digits --weights {weights} --out {a_file}/ranks", "must be writable"),
+    "output is a folder": ("rank --arch vgg_digits --weights {weights} --out .", "is a folder"),
+    "plan into a file": ("select --arch vgg_digits --ranks {ranks} --out {a_file}/plan", "must be writable"),
+    "slim folder is a file": (
+        "compact --arch vgg_digits --weights {weights} --plan {other_plan} --out {a_file}", "must be writable"),
+    "unknown joining": (
+        "compact --arch vgg_digits --weights {weights} --plan {good_plan} --residual scater", "residual"),
     "unknown fine-tuning": ("prune --arch vgg_digits --weights {weights} --finetune-on fat", "finetune_on"),
 }  # fmt: skip
 
@@ -194,6 +203,16 @@ def test_the_installed_program_exits_with_2_and_no_traceback() -> None:
     found = subprocess.run([program, "rank", "--arch", "x", "--weights", "y"], capture_output=True, text=True)
     assert found.returncode == 2
     assert found.stderr.count("\n") == 1
+
+
+def test_a_full_disk_is_named(run: Run, ranks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    status, _, err = run("select", "--arch", "vgg_digits", "--ranks", ranks, "--out", "plan.json")
+    assert (status, err) == (2, "pyprune: cannot read or write plan.json: No space left on device.\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_interrupting_is_said_in_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
