@@ -1,38 +1,77 @@
 """How long compaction takes, and how much of it is the proof."""
 
+import gc
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import pyprune as pp
 from pyprune.graph import convolutions
 from pyprune.types import Plan
 
+NETWORKS = {
+    "VGG-16": (pp.models.vgg16_bn, (2, 3, 32, 32)),
+    "ResNet-56": (pp.models.resnet56, (2, 3, 32, 32)),
+    "ResNet-50": (pp.models.resnet50, (1, 3, 224, 224)),
+}
+LIMITS = {"VGG-16": 1.0, "ResNet-56": 1.0, "ResNet-50": 1.5}
+"""Seconds that compaction may take, proof included."""
 
-@pytest.fixture(scope="module")
-def vgg():
+
+def halved(name):
+    """Return a network, a plan that keeps a random half of every layer, and example inputs."""
+    build, shape = NETWORKS[name]
     torch.manual_seed(0)
-    model = pp.models.vgg16_bn(num_classes=10)
-    rng = np.random.default_rng(0)
+    model, rng = build().eval(), np.random.default_rng(0)
     keep = {
         name: rng.permutation(layer.out_channels)[: layer.out_channels // 2]
         for name, layer in convolutions(model).items()
     }
-    return model, Plan(keep), torch.randn(2, 3, 32, 32)
+    return model, Plan(keep), torch.randn(shape)
 
 
-@pytest.mark.benchmark(group="compact VGG-16")
-def test_analyse(benchmark, vgg):
-    analysis = benchmark(pp.analyse, *vgg)
-    assert analysis.parameters_left < 0.3 * analysis.parameters
+@pytest.fixture(scope="module", params=NETWORKS)
+def network(request):
+    return request.param, *halved(request.param)
 
 
-@pytest.mark.benchmark(group="compact VGG-16")
+@pytest.fixture(scope="module")
+def vgg():
+    return halved("VGG-16")
+
+
+@pytest.mark.benchmark(group="compact")
+def test_analyse(benchmark, network):
+    analysis = benchmark(pp.analyse, *network[1:])
+    assert analysis.parameters_left < 0.4 * analysis.parameters
+
+
+@pytest.mark.benchmark(group="compact")
 @pytest.mark.parametrize("verify", [False, True], ids=["unverified", "verified"])
-def test_compact(benchmark, vgg, verify):
-    slim = benchmark(pp.compact, *vgg, verify=verify, latency=False)
+def test_compact(benchmark, network, verify):
+    name, *arguments = network
+    slim = benchmark.pedantic(pp.compact, arguments, {"verify": verify, "latency": False}, rounds=5, warmup_rounds=1)
     assert slim.certificate.verified == verify
-    assert slim.after.parameters < 0.3 * slim.before.parameters
+    assert slim.after.parameters < 0.4 * slim.before.parameters
+    if benchmark.stats is not None:
+        assert benchmark.stats.stats.median < LIMITS[name]
+
+
+@pytest.mark.benchmark(group="ResNet-56 forward, 32 images")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["default", "channels last"])
+@pytest.mark.parametrize("residual", ["original", "scatter", "intersect", "union"])
+def test_forward(benchmark, residual, layout):
+    model, plan, images = halved("ResNet-56")
+    model, images = model.to(memory_format=layout), images.repeat(16, 1, 1, 1).to(memory_format=layout)
+    slim = model
+    if residual != "original":
+        slim = pp.compact(model, plan, images[:2], residual=residual, latency=False).model.eval()
+    with torch.no_grad():
+        scores = benchmark(slim, images)
+    assert scores.shape == (32, 10)
 
 
 @pytest.mark.benchmark(group="slim folder of VGG-16")
@@ -40,3 +79,60 @@ def test_save_and_load(benchmark, vgg, tmp_path):
     slim = pp.compact(*vgg, verify=False, latency=False)
     loaded = benchmark(lambda: pp.load_slim(pp.save_slim(slim, tmp_path)))
     assert torch.equal(loaded(vgg[2]), slim.model.eval()(vgg[2]))
+
+
+def _kilobytes(word):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(word))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak of resident memory")
+@pytest.mark.parametrize("verify", [False, True], ids=["unverified", "verified"])
+def test_memory_of_compacting_resnet50(verify):
+    model, plan, images = halved("ResNet-50")
+    with torch.no_grad():
+        model(images)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = _kilobytes("VmRSS")
+    pp.compact(model, plan, images, verify=verify, latency=False)
+    size = sum(one.numel() * one.element_size() for one in model.parameters()) / 1024
+    print(f"peak beside the model: {(_kilobytes('VmHWM') - before) / size:.2f} times its size")
+    assert _kilobytes("VmHWM") - before < 2.5 * size
+
+
+FORMS = {  # of the stream S, the branch B, its places i, where each of S finds it, the branch widened, a 1x1 kernel
+    "plain sum of C": lambda S, B, i, places, wide, kernel: S + wide,
+    "index_add": lambda S, B, i, places, wide, kernel: torch.index_add(S, 1, i, B),
+    "index_add, last dimension": lambda S, B, i, places, wide, kernel: torch.index_add(
+        S.permute(0, 2, 3, 1), 3, i, B.permute(0, 2, 3, 1)
+    ).permute(0, 3, 1, 2),
+    "pad, index_select, sum": lambda S, B, i, places, wide, kernel: (
+        S + F.pad(B, (0, 0, 0, 0, 0, 1)).index_select(1, places)
+    ),
+    "zeros, index_copy_, add_": lambda S, B, i, places, wide, kernel: torch.zeros_like(S).index_copy_(1, i, B).add_(S),
+    "1x1 convolution, sum": lambda S, B, i, places, wide, kernel: S + F.conv2d(B, kernel),
+}
+
+
+@pytest.mark.benchmark(group="indexed addition")
+@pytest.mark.parametrize("shape", [(32, 16, 32, 32), (32, 64, 8, 8), (8, 256, 56, 56)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["default", "channels last"])
+@pytest.mark.parametrize("form", FORMS)
+def test_indexed_addition(benchmark, form, layout, shape):
+    """Add half as many channels into a stream of C, at random places."""
+    torch.manual_seed(0)
+    half = shape[1] // 2
+    index = torch.randperm(shape[1])[:half].sort().values
+    S, B = torch.randn(shape), torch.randn(shape[0], half, *shape[2:])
+    wide = torch.zeros(shape).index_copy_(1, index, B)
+    places = torch.full((shape[1],), half).index_copy_(0, index, torch.arange(half))
+    kernel = torch.eye(half).new_zeros(shape[1], half, 1, 1).index_copy_(0, index, torch.eye(half)[:, :, None, None])
+    arguments = [one.to(memory_format=layout) for one in (S, B)] + [
+        index,
+        places,
+        wide.to(memory_format=layout),
+        kernel,
+    ]
+    found = benchmark(FORMS[form], *arguments)
+    assert torch.allclose(found, S + wide, atol=1e-6)

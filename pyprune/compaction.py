@@ -493,10 +493,11 @@ def _count(module: Any) -> None:
 
 def _picked(tensor: torch.Tensor, out: BoolArray | None, inputs: BoolArray | None = None) -> torch.Tensor:
     """Return a copy of ``tensor`` with the entries at ``out`` [dim 0] and ``inputs`` [dim 1], in its memory format."""
-    picked = tensor.detach().clone()
+    picked = tensor.detach()
     for dim, keep in enumerate((out, inputs)):
-        if keep is not None:
+        if keep is not None and not keep.all():
             picked = picked.index_select(dim, torch.from_numpy(np.flatnonzero(keep)).to(tensor.device))
+    picked = picked.clone() if picked.data_ptr() == tensor.data_ptr() else picked
     return picked.to(memory_format=_memory_format(tensor))
 
 
@@ -574,6 +575,7 @@ class _Slimmed(fx.Interpreter):
     def __init__(self, slim: fx.GraphModule, masked: nn.Module, channels: Channels) -> None:
         super().__init__(slim)
         self.masked, self.channels = dict(masked.named_modules()), channels
+        self.device = measure.model_device(masked)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Run one layer."""
@@ -589,7 +591,7 @@ class _Slimmed(fx.Interpreter):
         owner, _, leaf = target.rpartition(".")
         if hasattr(self.masked.get(owner), leaf):
             return getattr(self.masked[owner], leaf)
-        return super().get_attr(target, args, kwargs).to(measure.model_device(self.masked[""]))
+        return super().get_attr(target, args, kwargs).to(self.device)
 
 
 def _check(where: str, difference: float, limit: float) -> None:

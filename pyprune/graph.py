@@ -218,7 +218,12 @@ class _MaskWalk:
         self.zeroed = zeroed
         self.modules = dict(model.named_modules())
         self.tied = tied_parameters(model)
-        self.removed = {name: self._removed(name, kept, stays.get(name, {})) for name, kept in plan.keep.items()}
+        self.removed = {
+            name: np.zeros(module.out_channels, np.bool_)  # also where a plan says nothing: padding may go around it
+            for name, module in self.modules.items()
+            if type(module) in ops.CONVOLUTIONS
+        }
+        self.removed |= {name: self._removed(name, kept, stays.get(name, {})) for name, kept in plan.keep.items()}
         self.found: dict[str, dict[int, str]] = defaultdict(dict)
         self.streams: dict[fx.Node, _Stream | None] = {}
         self.norms: dict[str, list[_Stream | None]] = defaultdict(list)
@@ -313,8 +318,8 @@ class _MaskWalk:
             return stream
         if ops.is_flatten(node, self.modules):
             return replace(stream, flat=stream.ndim > 2, ndim=2)
-        if kind in ops.NORMS and stream.dead.any():
-            return self._norm(name, module, stream)
+        if kind in ops.NORMS:
+            return self._norm(name, module, stream) if stream.dead.any() else stream
         if kind in ops.MIXING_NORMS:
             self._revive(stream, f"reaches {name}, a {kind.__name__}, which mixes it with other channels")
         return None
