@@ -1,196 +1,84 @@
-"""Data: the embedded handwritten digits, seeded stratified splits, and loaders."""
+"""Data sets by name, seeded stratified splits, and loaders."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import difflib
+from collections.abc import Callable
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from pyprune.datasets.cifar import cifar
+from pyprune.datasets.embedded import digits as digits
+from pyprune.datasets.folders import image_folder
+from pyprune.datasets.images import Statistics
+from pyprune.datasets.loading import loader as loader
+from pyprune.datasets.npz import npz_file
+from pyprune.datasets.parts import Splits as Splits
+from pyprune.datasets.parts import split as split
 
-from pyprune.types import IntArray
+__all__ = ["KNOWN", "Splits", "digits", "loader", "open_data", "split"]
 
-KNOWN = ("digits",)
+KNOWN = ("digits", "cifar10:DIR", "cifar100:DIR", "folder:DIR", "npz:FILE")
+"""What :func:`open_data` opens."""
 
-
-@dataclass(frozen=True, eq=False)
-class Splits:
-    """A data set in three parts that share no image.
-
-    ``train`` is for ranking and training, ``val`` for choosing between epochs, ``test`` for nothing but the final
-    measurement. Items are (image [C, H, W] float32, label); ``classes`` names the labels; ``shape`` is (C, H, W).
-    Images were normalised per channel as (x - ``mean``) / ``std``, statistics of the training images in [0, 1].
-    """
-
-    name: str
-    train: Dataset[Any]
-    val: Dataset[Any]
-    test: Dataset[Any]
-    classes: tuple[str, ...]
-    shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.classes)
-
-    @property
-    def channels(self) -> int:
-        """Number of channels of an image."""
-        return self.shape[0]
+_OPENERS: dict[str, Callable[..., Splits]] = {
+    "digits": lambda _place, **options: digits(**options),
+    "cifar10": lambda place, **options: cifar(place, 10, **options),
+    "cifar100": lambda place, **options: cifar(place, 100, **options),
+    "folder": image_folder,
+    "npz": npz_file,
+}
+_OPTIONS = {
+    "digits": ("size",), "cifar10": ("channels", "normalise"), "cifar100": ("channels", "normalise"),
+    "folder": ("size", "channels", "normalise"), "npz": ("size", "channels", "normalise"),
+}  # fmt: skip
 
 
-def digits(*, size: int = 16, seed: int = 0) -> Splits:
-    """Return scikit-learn's handwritten digits: 1,797 real scans of 8x8 pixels, ten classes, no download.
-
-    They are resized bilinearly, split by class into about 1,200 training, 297 validation and 300 test images, and
-    normalised with the training images' mean and standard deviation.
-
-    Parameters
-    ----------
-    size
-        Height and width after resizing; 16 leaves room for three pools.
-    seed
-        Of the split.
-
-    Raises
-    ------
-    ValueError
-        If ``size`` is below 1.
-
-    References
-    ----------
-    E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
-    """
-    if size < 1:
-        raise ValueError(f"digits: size must be at least 1; got {size}.")
-    raw = load_digits()
-    images = torch.from_numpy(raw.images).float()[:, None] / 16  # 16 grey levels above black
-    images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
-    labels = torch.from_numpy(raw.target).long()
-    parts = _stratified(labels.numpy(), (1200 / 1797, 297 / 1797, 300 / 1797), seed)
-    std, mean = (float(value) for value in torch.std_mean(images[parts[0]].double()))
-    images = (images - mean) / std
-    train, val, test = (TensorDataset(images[part], labels[part]) for part in parts)
-    classes = tuple(str(name) for name in raw.target_names)
-    return Splits("digits", train, val, test, classes, (1, size, size), (mean,), (std,))
-
-
-def open_data(spec: str, *, seed: int = 0) -> Splits:
-    """Return the data set that ``spec`` names; today that is ``"digits"``.
-
-    Raises
-    ------
-    ValueError
-        If there is no such data set.
-    """
-    if spec == "digits":
-        return digits(seed=seed)
-    raise ValueError(f"open_data: the data must be one of {', '.join(KNOWN)}; got {spec!r}.")
-
-
-def loader(dataset: Dataset[Any], batch_size: int = 128, shuffle: bool = False, seed: int = 0) -> DataLoader[Any]:
-    """Return a loader of (images, labels) whose order depends on ``seed`` alone.
-
-    Batches are made in this process: for images in memory that is faster than handing them over. With
-    ``shuffle``, meant for training, a last batch of one image is left out, since batch norms cannot train on it.
-
-    Parameters
-    ----------
-    dataset
-        Any map-style data set.
-    batch_size
-        Images per batch; 128 as in the thesis.
-    shuffle
-        Whether every pass has an order of its own.
-    seed
-        Of the order.
-
-    Raises
-    ------
-    ValueError
-        If ``batch_size`` is below 1 or the data set is empty.
-    """
-    count = _length("loader", dataset)
-    if batch_size < 1:
-        raise ValueError(f"loader: batch_size must be at least 1; got {batch_size}.")
-    lonely = shuffle and count > 1 and batch_size > 1 and count % batch_size == 1
-    generator = torch.Generator().manual_seed(seed)
-    return DataLoader(dataset, batch_size, shuffle=shuffle, generator=generator, drop_last=lonely)
-
-
-def split(
-    dataset: Dataset[Any],
-    fractions: Sequence[float] = (0.8, 0.1, 0.1),
+def open_data(
+    spec: str,
+    *,
     seed: int = 0,
-    labels: Any = None,
-) -> tuple[Subset[Any], ...]:
-    """Cut ``dataset`` at random into parts that hold every class in the same proportion.
+    size: int | None = None,
+    channels: int | None = None,
+    normalise: str | Statistics | None = None,
+) -> Splits:
+    """Open the data set that ``spec`` names.
+
+    Nothing is downloaded, and nothing that a file holds is executed.
 
     Parameters
     ----------
-    dataset
-        Any map-style data set.
-    fractions
-        Share of each part; they must add up to 1. Classes are cut one by one, so sizes are right to within half
-        an image per class.
+    spec
+        ``"digits"``: the handwritten digits of scikit-learn, embedded. ``"cifar10:PLACE"``, ``"cifar100:PLACE"``: the
+        official python archive, as .tar.gz or extracted. ``"folder:DIR"``: images, one folder a class. ``"npz:FILE"``
+        or ``"npz:TRAIN,TEST"``: arrays. docs/data.md says what each expects.
     seed
-        Of the draw.
-    labels
-        One class number per item. By default ``dataset.targets`` or ``dataset.labels``, a ``TensorDataset``'s
-        second tensor, or else what ``dataset[i][1]`` says, which reads every item.
+        Of the splits.
+    size
+        Height and width after resizing; for digits (16), folders (224) and encoded images in .npz files.
+    channels
+        1 for grey, 3 for colour; by default as stored, and 3 for folders and encoded images.
+    normalise
+        Per-channel mean and standard deviation: ``"imagenet"``, ``"cifar"``, ``"data"`` (of the training images),
+        numbers as ``"0.5,0.5,0.5/0.2,0.2,0.2"``, or a pair of sequences. By default ``"cifar"`` for CIFAR,
+        ``"imagenet"`` for folders, and ``"data"`` for the others.
 
     Returns
     -------
-    tuple of torch.utils.data.Subset
-        One per fraction. Together they hold every item once; within each, items keep their order.
+    Splits
+        In three parts, none of them augmented; see :func:`loader`.
 
     Raises
     ------
     ValueError
-        If the fractions are not positive with sum 1, the data set is empty, or there is not one label per item.
+        If there is no such data set, the files are missing, broken or hostile, or an option does not apply.
     """
-    count = _length("split", dataset)
-    if not fractions or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-9:
-        raise ValueError(f"split: fractions must be positive and add up to 1; got {tuple(fractions)}.")
-    classes = np.asarray(_labels(dataset, count) if labels is None else labels)
-    if classes.shape != (count,):
-        raise ValueError(f"split: needs one label for each of {count} items; got shape {list(classes.shape)}.")
-    return tuple(Subset(dataset, part.tolist()) for part in _stratified(classes, fractions, seed))
-
-
-def _length(who: str, dataset: Any) -> int:
-    count = len(dataset) if hasattr(dataset, "__len__") else -1
-    if count < 0:
-        raise TypeError(f"{who}: needs a data set with a length; got {type(dataset).__name__}.")
-    if count == 0:
-        raise ValueError(f"{who}: needs at least one item; the data set is empty.")
-    return count
-
-
-def _labels(dataset: Any, count: int) -> Any:
-    for attribute in ("targets", "labels"):
-        if hasattr(dataset, attribute):
-            return getattr(dataset, attribute)
-    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
-        return dataset.tensors[1]
-    return [int(dataset[i][1]) for i in range(count)]
-
-
-def _stratified(labels: IntArray, fractions: Sequence[float], seed: int) -> list[IntArray]:
-    """Return sorted indices per fraction: each class is shuffled and cut at the rounded cumulative shares."""
-    rng = np.random.default_rng(seed)
-    parts: list[list[IntArray]] = [[] for _ in fractions]
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        ends = [round(share * len(members)) for share in itertools.accumulate(fractions)]
-        for part, piece in zip(parts, np.split(members, ends[:-1]), strict=True):
-            part.append(piece)
-    return [np.sort(np.concatenate(pieces)) for pieces in parts]
+    kind, _, place = spec.partition(":")
+    if kind not in _OPENERS or bool(place) != (kind != "digits"):
+        near = [known for known in KNOWN if known.partition(":")[0] in difflib.get_close_matches(kind, _OPENERS, n=1)]
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"open_data: the data must be one of {', '.join(KNOWN)}; got {spec!r}.{hint}")
+    options = {"size": size, "channels": channels, "normalise": normalise}
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if name not in _OPTIONS[kind]:
+            raise ValueError(f"open_data: {kind} takes no {name}; leave it out.")
+    return _OPENERS[kind](place, seed=seed, **given)

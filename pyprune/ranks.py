@@ -17,12 +17,13 @@ import torch
 from torch import fx, nn
 
 from pyprune import files, graph
+from pyprune.datasets.labels import integer_labels
 from pyprune.features import Layers, convolution_calls, find_taps, why_left_out
 from pyprune.machine import keep_freed_memory, this_machine
 from pyprune.measure import Device, running
 from pyprune.ops.rank import choose_rank, matrix_rank
 from pyprune.progress import bar
-from pyprune.sampling import Sample, draw_sample, integer_labels
+from pyprune.sampling import Sample, draw_sample
 from pyprune.types import ClassRanks, IntArray
 
 CHECKPOINT_SECONDS = 5.0

@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset
 
-from pyprune.progress import track
+from pyprune.datasets.labels import dataset_labels, integer_labels
+from pyprune.datasets.loading import unaugmented
 from pyprune.types import IntArray
 
 WHO = "rank_filters"
@@ -85,9 +86,10 @@ class _Drawn:
     def __init__(
         self, loader: DataLoader[Any], images_per_class: int, num_classes: int | None, seed: int, progress: bool
     ) -> None:
+        self.dataset = unaugmented(loader.dataset)
         allowed = getattr(loader.sampler, "indices", None)  # a SubsetRandomSampler splits one data set by its indices
-        candidates = np.arange(len(loader.dataset)) if allowed is None else np.sort(np.asarray(allowed, np.int64))  # type: ignore[arg-type]  # draw_sample saw its length
-        labels = _dataset_labels(loader.dataset, progress)
+        candidates = np.arange(len(self.dataset)) if allowed is None else np.sort(np.asarray(allowed, np.int64))  # type: ignore[arg-type]  # draw_sample saw its length
+        labels = dataset_labels(WHO, self.dataset, progress)
         self.ids = _balanced(labels, candidates, images_per_class, num_classes, seed)
         self.labels = labels[self.ids]
         self.loader = loader
@@ -112,7 +114,7 @@ class _Drawn:
         """Return a loader like the caller's that reads exactly ``parts``."""
         loader = self.loader
         return DataLoader(
-            loader.dataset, batch_sampler=[part.tolist() for part in parts], collate_fn=loader.collate_fn,
+            self.dataset, batch_sampler=[part.tolist() for part in parts], collate_fn=loader.collate_fn,
             num_workers=loader.num_workers, pin_memory=loader.pin_memory, timeout=loader.timeout,
             worker_init_fn=loader.worker_init_fn, multiprocessing_context=loader.multiprocessing_context,
             generator=torch.Generator(),  # else every pass would draw from the caller's random stream
@@ -209,55 +211,3 @@ def _images_labels(batch: Any) -> tuple[torch.Tensor, IntArray]:
     if images.ndim < 1 or len(images) != len(labels):
         raise ValueError(f"{WHO}: needs one label per image; got {len(labels)} labels for shape {list(images.shape)}.")
     return images, labels
-
-
-def integer_labels(who: str, labels: Any) -> IntArray:
-    """Return ``labels`` as int64 [N] on the host.
-
-    Raises
-    ------
-    TypeError
-        If they are not whole numbers.
-    ValueError
-        If they are not one flat list.
-    """
-    given = np.asarray(labels.detach().cpu() if isinstance(labels, torch.Tensor) else labels)
-    if given.size and (given.dtype == np.bool_ or not np.issubdtype(given.dtype, np.integer)):
-        raise TypeError(f"{who}: labels must be whole numbers; got {given.dtype}. Pass class indices.")
-    if given.ndim != 1:
-        raise ValueError(f"{who}: labels must be [N], one class index per image; got shape {list(given.shape)}.")
-    return given.astype(np.int64)
-
-
-def _dataset_labels(dataset: Dataset[Any], progress: bool) -> IntArray:
-    """Return the label of every item: from the data set's own list where it has one, else by reading every item."""
-    listed = _listed_labels(dataset)
-    if listed is not None:
-        return listed
-    count = len(dataset)  # type: ignore[arg-type]  # draw_sample saw its length
-    items = track(range(count), "Reading labels", show=progress)
-    return integer_labels(WHO, [_item_label(dataset[i]) for i in items])
-
-
-def _item_label(item: Any) -> int:
-    if not isinstance(item, tuple | list) or len(item) < 2:
-        raise TypeError(f"{WHO}: every item of the data set must be (image, label); got {type(item).__name__}.")
-    return int(item[1])
-
-
-def _listed_labels(dataset: Dataset[Any]) -> IntArray | None:
-    """Return the labels that ``dataset`` lists without reading its items, or ``None``."""
-    if isinstance(dataset, Subset):
-        whole = _listed_labels(dataset.dataset)
-        return None if whole is None else whole[np.asarray(dataset.indices, np.int64)]
-    if getattr(dataset, "target_transform", None) is not None:
-        return None  # its items' labels are not the listed ones
-    listed = getattr(dataset, "targets", None)
-    listed = getattr(dataset, "labels", None) if listed is None else listed
-    if listed is None and isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:
-        listed = dataset.tensors[1]
-    try:
-        labels = None if listed is None else integer_labels(WHO, listed)
-    except (TypeError, ValueError):
-        return None
-    return labels if labels is not None and len(labels) == len(dataset) else None  # type: ignore[arg-type]  # has one
