@@ -29,6 +29,10 @@ Arch = Annotated[str | None, typer.Option(help="Architecture: a name from pyprun
 Model = Annotated[str | None, typer.Option(help="A network of your own instead: package.module:factory.")]
 Weights = Annotated[Path, typer.Option(help="Trained weights: safetensors, or a torch file read without unpickling.")]
 Data = Annotated[str, typer.Option(help="Data: digits, cifar10:DIR, cifar100:DIR, folder:DIR or npz:FILE.")]
+Size = Annotated[int | None, typer.Option(help="Height and width of images after resizing.", min=1)]
+Normalise = Annotated[
+    str | None, typer.Option(help="Mean and deviation: imagenet, cifar, data, or numbers as 0.5,0.5,0.5/0.2,0.2,0.2.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Seed = Annotated[int, typer.Option(help="Seed of sampling, splitting and training.", min=0)]
 Device = Annotated[str | None, typer.Option(help="Device to compute on, such as cpu or cuda:0.")]
@@ -109,6 +113,8 @@ def rank(
     arch: Arch = None,
     model: Model = None,
     data: Data = "digits",
+    size: Size = None,
+    normalise: Normalise = None,
     out: Annotated[Path, typer.Option(help="File for the ranks.")] = Path("ranks.safetensors"),
     images_per_class: ImagesPerClass = 50,
     taps: Taps = "activation",
@@ -120,7 +126,7 @@ def rank(
     from pyprune.ranks import rank_filters
 
     _check_out(out)
-    network, splits = _network(arch, model, weights, data, seed)
+    network, splits = _network(arch, model, weights, data, seed, size=size, normalise=normalise)
     *_, ranking = _loaders(splits, seed)
     ranks = rank_filters(
         network, ranking, num_classes=len(splits.classes), images_per_class=images_per_class, taps=taps,
@@ -168,6 +174,8 @@ def finetune(
     arch: Arch = None,
     model: Model = None,
     data: Data = "digits",
+    size: Size = None,
+    normalise: Normalise = None,
     plan: Annotated[Path | None, typer.Option(help="Hold the filters that this plan drops at zero.")] = None,
     out: Annotated[Path, typer.Option(help="File for the trained weights.")] = Path("finetuned.safetensors"),
     epochs: Epochs = 30,
@@ -185,7 +193,7 @@ def finetune(
 
     _check_out(out)
     wanted = None if plan is None else Plan.load(plan)
-    network, splits = _network(arch, model, weights, data, seed)
+    network, splits = _network(arch, model, weights, data, seed, size=size, normalise=normalise)
     masks = None if wanted is None else mask_(network, wanted)
     train, val, test, _ = _loaders(splits, seed)
     checkpoint = out.with_name(out.name + ".checkpoint")
@@ -215,6 +223,8 @@ def compact(
         Path | None, typer.Option(help="Plan that `pyprune select` wrote; without one, filters that are zero go.")
     ] = None,
     data: Data = "digits",
+    size: Size = None,
+    normalise: Normalise = None,
     out: Annotated[Path, typer.Option(help="The slim folder.")] = Path("slim"),
     residual: Residual = "scatter",
     round_to: Annotated[int, typer.Option(help="Keep a multiple of this many filters.", min=1)] = 1,
@@ -228,7 +238,7 @@ def compact(
 
     files.make_folder("--out", out)
     wanted = None if plan is None else Plan.load(plan)
-    network, splits = _network(arch, model, weights, data, seed)
+    network, splits = _network(arch, model, weights, data, seed, size=size, normalise=normalise)
     if wanted is None:
         wanted = zero_filters(network)
     slim = compaction.compact(
@@ -247,12 +257,15 @@ def prune(
     arch: Arch = None,
     model: Model = None,
     data: Data = "digits",
+    size: Size = None,
+    normalise: Normalise = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("pruned"),
     images_per_class: ImagesPerClass = 50,
     taps: Taps = "activation",
     method: Method = "crank",
     rates: Rates = None,
     exclude: Exclude = None,
+    residual: Residual = "scatter",
     finetune_on: Annotated[str, typer.Option(help="Fine-tune the slim or the masked network.")] = "slim",
     epochs: Epochs = 30,
     steps: Steps = None,
@@ -265,12 +278,12 @@ def prune(
     """Rank, select, fine-tune and compact in one go; a stopped run goes on from what its folder holds."""
     from pyprune import pipeline
 
-    network, splits = _network(arch, model, weights, data, seed)
+    network, splits = _network(arch, model, weights, data, seed, size=size, normalise=normalise)
     train, val, test, ranking = _loaders(splits, seed)
     result = pipeline.prune(
         network, train, val, test=test, ranking=ranking, num_classes=len(splits.classes),
         images_per_class=images_per_class, taps=taps, method=method, rates=_rates(rates), exclude=tuple(exclude or ()),
-        finetune_on=finetune_on,  # type: ignore[arg-type]  # prune checks it
+        residual=residual, finetune_on=finetune_on,  # type: ignore[arg-type]  # checked by prune
         epochs=epochs, steps=steps, lr=lr, device=device, folder=out, fresh=fresh, seed=seed,
     )  # fmt: skip
     _show_result(result, out, as_json)
@@ -335,23 +348,25 @@ def _own_network(name: str) -> nn.Module:
     return network
 
 
-def _network(arch: str | None, model: str | None, weights: Path, data: str, seed: int) -> tuple[nn.Module, Splits]:
+def _network(
+    arch: str | None, model: str | None, weights: Path, data: str, seed: int, **options: Any
+) -> tuple[nn.Module, Splits]:
     """Build the network, load its weights, and open the data."""
     from pyprune.checkpoints import load_checkpoint
     from pyprune.data import open_data
 
-    splits = open_data(data, seed=seed)
+    splits = open_data(data, seed=seed, **options)
     network = _build(arch, model, len(splits.classes))
     load_checkpoint(network, weights)
     return network.eval(), splits
 
 
 def _loaders(splits: Splits, seed: int) -> tuple[Any, Any, Any, Any]:
-    """Return loaders for training, validation, testing and ranking."""
+    """Return loaders for training (augmented where the data set is), validation, testing and ranking."""
     from pyprune.data import loader
 
     return (
-        loader(splits.train, shuffle=True, seed=seed),
+        loader(splits.train, shuffle=True, seed=seed, augment=splits.augment),
         loader(splits.val),
         loader(splits.test),
         loader(splits.train),

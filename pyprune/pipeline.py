@@ -41,6 +41,7 @@ def prune(
     method: str = "crank",
     rates: Any = None,
     exclude: Sequence[str] = (),
+    residual: Literal["scatter", "intersect", "union"] = "scatter",
     finetune_on: Literal["slim", "masked"] = "slim",
     epochs: int = 30,
     steps: int | None = None,
@@ -69,6 +70,8 @@ def prune(
         Images a class that are ranked (thesis: 50, and 10 for ImageNet), and where their maps are read.
     method, rates, exclude
         As for :func:`pyprune.select`.
+    residual
+        What happens where branches are added; see :func:`pyprune.compact`.
     finetune_on
         ``"slim"`` fine-tunes the compacted network: several times cheaper, and equivalent for chains with affine
         norms. ``"masked"`` fine-tunes the masked network and compacts afterwards, as the thesis does.
@@ -97,8 +100,8 @@ def prune(
     settings = {
         "weights": files.fingerprint(model.state_dict()), "images_per_class": images_per_class, "taps": taps,
         "method": method, "rates": rates.to_json()["keep"] if isinstance(rates, Plan) else rates,
-        "exclude": sorted(exclude), "finetune_on": finetune_on, "epochs": epochs, "steps": steps, "lr": lr,
-        "seed": seed,
+        "exclude": sorted(exclude), "residual": residual, "finetune_on": finetune_on, "epochs": epochs, "steps": steps,
+        "lr": lr, "seed": seed,
     }  # fmt: skip
     run = _Run(folder, settings, fresh)
     place: dict[str, Any] = {"device": device, "progress": progress}
@@ -139,7 +142,7 @@ def prune(
         history = tune(masked, masks=masks)
         score("finetuned", masked)
     with run.timed("compact"):
-        slim = compact(masked, plan, example)
+        slim = compact(masked, plan, example, residual=residual)
     if finetune_on == "slim":
         history = tune(slim.model)
     score("slim", slim.model)
