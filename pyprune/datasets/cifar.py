@@ -71,7 +71,7 @@ def cifar(
     images, labels = (np.concatenate(arrays) for arrays in zip(*train, strict=True))
     whole, test = (
         ImageArrays(with_channels(torch.from_numpy(pixels), channels), classes_of)
-        for pixels, classes_of in ((images, labels), parts[_TEST[classes]])
+        for pixels, classes_of in ((images, labels), map(np.array, parts[_TEST[classes]]))  # a copy can be written to
     )
     name = f"cifar{classes}"
     split = three({"train": whole, "test": test}, seed)

@@ -33,7 +33,8 @@ _ALLOWED_NAMES = {
     **{f"{module}.multiarray _reconstruct": "reconstruct" for module in ("numpy.core", "numpy._core")},
     "numpy ndarray": "ndarray",
     "numpy dtype": "dtype",
-    "_codecs encode": "encode",  # how Python 3 writes bytes in protocols 0 to 2
+    "_codecs encode": "encode",  # how Python 3 writes bytes in protocols 0 to 2, and
+    "__builtin__ bytes": "bytes",  # where there are none
 }
 _DTYPE = re.compile(r"[<>|=]?([uif])([1248])")
 
@@ -219,7 +220,7 @@ class _Machine:
             return _Dtype(arguments[0])
         if what == "encode" and len(arguments) == 2 and isinstance(arguments[0], str) and arguments[1] == "latin1":
             return self._encoded(arguments[0])
-        return None
+        return b"" if what == "bytes" and not arguments else None
 
     def _build(self, _: None) -> None:
         state = self.stack.pop()
