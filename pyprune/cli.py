@@ -314,16 +314,23 @@ def _build(arch: str | None, model: str | None, num_classes: int) -> nn.Module:
     """Build a network by the name of its architecture, or by ``package.module:factory``."""
     from pyprune import models
 
-    if (arch is None) == (model is None):
-        raise ValueError("Give either --arch NAME or --model package.module:factory, and not both.")
+    _check_choice(arch, model)
     if model is not None:
         return _own_network(model)
-    if arch not in models.__all__:
-        near = difflib.get_close_matches(str(arch), models.__all__, n=1)
+    network: nn.Module = getattr(models, str(arch))(num_classes=num_classes)
+    return network
+
+
+def _check_choice(arch: str | None, model: str | None) -> None:
+    """Refuse what names no network, or two."""
+    from pyprune import models
+
+    if (arch is None) == (model is None):
+        raise ValueError("Give either --arch NAME or --model package.module:factory, and not both.")
+    if arch is not None and arch not in models.__all__:
+        near = difflib.get_close_matches(arch, models.__all__, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(models.__all__)}."
         raise ValueError(f"--arch: there is no {arch!r}. {hint}")
-    network: nn.Module = getattr(models, arch)(num_classes=num_classes)
-    return network
 
 
 def _own_network(name: str) -> nn.Module:
@@ -355,6 +362,7 @@ def _network(
     from pyprune.checkpoints import load_checkpoint
     from pyprune.data import open_data
 
+    _check_choice(arch, model)  # before the data, which may take a while
     splits = open_data(data, seed=seed, **options)
     network = _build(arch, model, len(splits.classes))
     load_checkpoint(network, weights)

@@ -70,7 +70,7 @@ class ClassRanks:
     VERSION = 1
 
     def __post_init__(self) -> None:
-        # In C order, as a file gives them back: numpy adds up in the order of memory, and plans must not depend on that.
+        # In C order, as files give them back: numpy adds up in the order of memory, and no plan may depend on that.
         layers = {name: np.array(R, np.float64, order="C") for name, R in self.layers.items()}
         for name, R in layers.items():
             if R.ndim != 2 or 0 in R.shape:
