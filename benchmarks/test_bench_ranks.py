@@ -1,68 +1,105 @@
-"""Ranking VGG-16 on 500 images against its own forward pass, and the k search of a small network.
+"""Ranking VGG-16 and ResNet-56 on 500 images against their own forward passes, and the k search of a small network.
 
-Run with ``python -m pytest benchmarks/test_bench_ranks.py``. The network is untrained and its images are noise: the
-maps of the first layers are at full rank, which is the dearest case for the kernel.
+Run with ``python -m pytest benchmarks/test_bench_ranks.py``, or as a program for a table of ratios. The networks are
+untrained and their images are noise: the maps of the first layers are at full rank, which is the dearest case for the
+kernel. A ratio is taken over interleaved passes of one run, since the speed of a machine drifts.
 """
 
 from __future__ import annotations
 
+import statistics
+import sys
+import time
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyprune import clustering
+from pyprune import clustering, models
 from pyprune.clustering import KMeansOptions, k_range, search
-from pyprune.models import vgg16_bn
+from pyprune.machine import keep_freed_memory
 from pyprune.ops._reference import matrix_rank
 from pyprune.ranks import RankAccumulator, rank_filters
 
 IMAGES, CLASSES, BATCH = 500, 10, 50
-MAPS = IMAGES * (2 * 64 + 2 * 128 + 3 * 256 + 6 * 512)
+NETWORKS = ("vgg16_bn", "resnet56")
+ALLOWED = {"vgg16_bn": 1.25, "resnet56": 1.5}
 DEMO = (32, 32, 64, 64, 128, 128)
 
 
-@pytest.fixture(scope="module")
-def vgg():
+def network(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return vgg16_bn().eval()
+    model: nn.Module = getattr(models, name)()
+    return model.eval()
+
+
+def images() -> TensorDataset:
+    torch.manual_seed(1)
+    return TensorDataset(torch.randn(IMAGES, 3, 32, 32), torch.arange(IMAGES) % CLASSES)
+
+
+def forward(model: nn.Module, data: TensorDataset) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([model(x) for x, _ in DataLoader(data, batch_size=BATCH)])
+
+
+def rank(model: nn.Module, data: TensorDataset):
+    return rank_filters(model, DataLoader(data, batch_size=BATCH), progress=False)
+
+
+def read_only(model: nn.Module, data: TensorDataset):
+    """Everything but the kernel: maps are read and dropped."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyprune.ranks.matrix_rank", lambda maps: torch.zeros(maps.shape[:2], dtype=torch.int32))
+        return rank(model, data)
 
 
 @pytest.fixture(scope="module")
 def data():
-    return TensorDataset(torch.randn(IMAGES, 3, 32, 32), torch.arange(IMAGES) % CLASSES)
+    keep_freed_memory()  # as ranking does: the forward pass alone must not pay for pages that it does not
+    return images()
 
 
-@pytest.mark.benchmark(group="VGG-16, 500 images of 3x32x32")
-def test_forward_alone(benchmark, vgg, data):
-    def forward():
-        with torch.no_grad():
-            return torch.cat([vgg(images) for images, _ in DataLoader(data, batch_size=BATCH)])
-
-    scores = benchmark.pedantic(forward, rounds=3, warmup_rounds=1)
-    assert scores.shape == (IMAGES, CLASSES)
-    assert torch.isfinite(scores).all()
-
-
-@pytest.mark.benchmark(group="VGG-16, 500 images of 3x32x32")
-def test_forward_interpreted_with_maps_read_and_dropped(benchmark, vgg, data, monkeypatch):
-    """What the graph interpreter alone costs."""
-    monkeypatch.setattr("pyprune.ranks.matrix_rank", lambda maps: torch.zeros(maps.shape[:2], dtype=torch.int32))
-    ranks = benchmark.pedantic(rank_filters, (vgg, DataLoader(data, batch_size=BATCH)), rounds=3, warmup_rounds=1)
-    assert ranks.counts.tolist() == [IMAGES // CLASSES] * CLASSES
+@pytest.mark.benchmark(group="500 images of 3x32x32")
+@pytest.mark.parametrize("what", [forward, read_only, rank], ids=lambda what: what.__name__)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_ranking_beside_the_forward_pass(benchmark, name, what, data):
+    model = network(name)
+    found = benchmark.pedantic(what, (model, data), rounds=3, warmup_rounds=1)
+    benchmark.extra_info.update(network=name, threads=torch.get_num_threads())
+    if what is forward:
+        assert found.shape == (IMAGES, CLASSES)
+        assert torch.isfinite(found).all()
+        return
+    assert found.counts.tolist() == [IMAGES // CLASSES] * CLASSES
+    if what is rank:
+        check_first_layer(model, data)
 
 
-@pytest.mark.benchmark(group="VGG-16, 500 images of 3x32x32")
-def test_rank_filters(benchmark, vgg, data):
-    ranks = benchmark.pedantic(rank_filters, (vgg, DataLoader(data, batch_size=BATCH)), rounds=3, warmup_rounds=1)
-    benchmark.extra_info.update(maps=MAPS, variants=ranks.info["variants"], threads=ranks.info["threads"])
-    assert ranks.counts.tolist() == [IMAGES // CLASSES] * CLASSES
-    accumulator = RankAccumulator(vgg)
+def check_first_layer(model: nn.Module, data: TensorDataset) -> None:
+    """Compare the first layer's ranks of one image with the float64 reference."""
+    first = next(name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d))
+    norm = dict(model.named_modules())[{"conv1": "bn1"}.get(first, first.replace("conv", "norm"))]
+    accumulator = RankAccumulator(model)
     with accumulator, torch.no_grad():
-        vgg(data.tensors[0][:1])
+        model(data.tensors[0][:1])
         accumulator.update([0])
-        maps = vgg.features.relu0(vgg.features.norm0(vgg.features.conv0(data.tensors[0][:1])))
-    np.testing.assert_array_equal(accumulator.ranks().layers["features.conv0"][:, 0], matrix_rank(maps[0].numpy()))
+        maps = torch.relu(norm(dict(model.named_modules())[first](data.tensors[0][:1])))
+    np.testing.assert_array_equal(accumulator.ranks().layers[first][:, 0], matrix_rank(maps[0].numpy()))
+
+
+def ratios(name: str, rounds: int) -> dict[str, float]:
+    """Return the median seconds of each kind of pass over ``rounds`` interleaved ones."""
+    model, data = network(name), images()
+    seconds: dict[str, list[float]] = {"forward": [], "read_only": [], "rank": []}
+    for _ in range(rounds + 1):
+        for what in (forward, read_only, rank):
+            began = time.perf_counter()
+            what(model, data)
+            seconds[what.__name__].append(time.perf_counter() - began)
+    return {what: statistics.median(each[1:]) for what, each in seconds.items()}
 
 
 @pytest.mark.benchmark(group="every K of six layers of 32 to 128 filters, 10 classes")
@@ -78,3 +115,13 @@ def test_k_search(benchmark, jobs):
     again = clustering.cluster(layers["0"], one.k, KMeansOptions())
     assert one.silhouette == again.silhouette
     assert np.array_equal(one.labels, again.labels)
+
+
+if __name__ == "__main__":
+    print(f"threads {torch.get_num_threads()}, torch {torch.__version__}, medians of interleaved passes")
+    print("| network | forward, s | maps read and dropped, s | rank_filters, s | ratio | allowed |")
+    print("|---|---|---|---|---|---|")
+    for name in NETWORKS:
+        found = ratios(name, int(sys.argv[1]) if len(sys.argv) > 1 else 7)
+        cells = [f"{found[what]:.3f}" for what in ("forward", "read_only", "rank")]
+        print(f"| {name} | {' | '.join(cells)} | {found['rank'] / found['forward']:.2f} | {ALLOWED[name]} |")

@@ -91,9 +91,10 @@ def _listed(folder: Path, classes: Sequence[str]) -> tuple[list[str], list[int]]
     labels: list[int] = []
     for label, name in enumerate(classes):
         own = sorted(
-            str(Path(where) / file)
+            path
             for where, folders, names in os.walk(folder / name, followlinks=False)
-            for file in _visible(folders, names)
+            for path in (str(Path(where) / file) for file in _visible(folders, names))
+            if Path(path).is_file()  # no link to nowhere
         )
         if not own:
             raise ValueError(

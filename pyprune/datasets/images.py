@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from pyprune import files
@@ -44,6 +44,8 @@ ASPECT = (3 / 4, 4 / 3)
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 """Only these decoders run: others (EPS, for one) start programs."""
+
+_KNOWN = ", ".join(FORMATS)
 
 MAX_PIXELS = 64_000_000
 MAX_IMAGE_BYTES = 256 << 20
@@ -240,13 +242,18 @@ def open_image(source: str | npt.NDArray[np.uint8], name: str) -> Image.Image:
     ValueError
         If it is no image, too large, or of more than 8 bits a channel, which a conversion would clip.
     """
-    data = files.read_bytes(WHO, source, MAX_IMAGE_BYTES) if isinstance(source, str) else source.tobytes()
+    try:
+        data = files.read_bytes(WHO, source, MAX_IMAGE_BYTES) if isinstance(source, str) else source.tobytes()
+    except ValueError as error:
+        raise BrokenImageError(str(error)) from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is stricter
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         raise _too_large(name) from None
+    except UnidentifiedImageError:
+        raise BrokenImageError(f"{WHO}: {name} is not an image that can be read; it is none of {_KNOWN}.") from None
     except Exception as error:  # decoders raise anything
         raise BrokenImageError(f"{WHO}: {name} is not an image that can be read ({_first_line(error)}).") from None
     if math.prod(image.size) > MAX_PIXELS:

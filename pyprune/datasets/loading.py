@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset, TensorDataset
 
 from pyprune.datasets.images import EncodedImages, Images
 from pyprune.datasets.labels import dataset_labels
@@ -71,10 +71,13 @@ def loader(
         workers = _usable_cores() if isinstance(base, EncodedImages) else 0
     batched = isinstance(base, Images) or (type(base) is TensorDataset and len(base.tensors) == 2)
     lonely = shuffle and count > 1 and batch_size > 1 and count % batch_size == 1
+    items = _Batches(dataset, seed if augment else None) if batched else dataset
+    # The sampler's generator is its own: a loader draws from the other one whenever it starts workers.
+    order, other = (torch.Generator().manual_seed(seed) for _ in range(2))
     return DataLoader(
-        _Batches(dataset, seed if augment else None) if batched else dataset,
-        batch_size, shuffle=shuffle, generator=torch.Generator().manual_seed(seed), drop_last=lonely,
-        collate_fn=_as_it_is if batched else None, num_workers=workers, persistent_workers=workers > 0,
+        items, batch_size, sampler=RandomSampler(items, generator=order) if shuffle else None, generator=other,  # type: ignore[arg-type]  # items have a length
+        drop_last=lonely, collate_fn=_as_it_is if batched else None,
+        num_workers=workers, persistent_workers=workers > 0,
     )  # fmt: skip
 
 
