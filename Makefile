@@ -20,11 +20,12 @@ $(VENV)/ready: pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -
 demo: install  ## Train on real digits, prune, and leave the results in demo-results/
 	$(BIN)/pyprune demo --out $(DEMO)
 
+# One thread each: on tensors this small OpenMP's threads cost more than they bring, and much more on a busy machine.
 test: install  ## The quick tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 slow: install  ## The slow tests
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
 
 lint: install  ## ruff, mypy --strict, clang-format: report only
 	$(BIN)/ruff check .
