@@ -49,10 +49,13 @@ smoke: wheel  ## Try the wheel in a clean environment, and its slim folders in o
 	cd build/smoke && bin/python -W error -P ../../tests/smoke.py
 	cd build/smoke && ../slim/bin/python -P ../../tests/smoke_slim.py vgg_digits resnet20
 
-check: lint smoke test  ## Everything that CI runs
+check: lint smoke slow benchcheck test  ## Everything that CI runs
 
 bench: install  ## The benchmarks, peers in the same groups
 	$(BIN)/python -m pytest benchmarks -o addopts="" --benchmark-only --benchmark-group-by=group
+
+benchcheck: install  ## Run every benchmark once, for its assertions only
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q benchmarks -o addopts="" --benchmark-disable
 
 # Real data that is not part of the project: PYPRUNE_DATA is a folder with CIFAR-10 as JPEG and pretrained ResNets.
 REAL_DATA = npz:$(PYPRUNE_DATA)/cifar10_train_jpegbytes.npz,$(PYPRUNE_DATA)/cifar10_test_jpegbytes.npz
