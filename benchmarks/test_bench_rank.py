@@ -31,7 +31,7 @@ def rank_with(rival, maps):
 @pytest.mark.parametrize("side", COUNTS)
 def test_matrix_rank(benchmark, side, rival):
     benchmark.group = f"rank of {side} x {side} maps"
-    count = COUNTS[side] if rival.startswith("cpu") else COUNTS[side] // 10
+    count = COUNTS[side]
     maps = relu_maps(count, side)
     benchmark.extra_info.update(maps=count, threads=torch.get_num_threads())
     ranks = benchmark.pedantic(rank_with, (rival, maps), rounds=5, warmup_rounds=1)
