@@ -56,7 +56,8 @@ def image_folder(
     if not root.is_dir():
         raise ValueError(f"{WHO}: needs a folder of images; {root} is none.")
     given = {part: folder for part, names in _PARTS.items() for folder in _sub_folders(root) if folder.name in names}
-    given = given if "train" in given else {}
+    if "train" not in given or not _sub_folders(given["train"]):  # a train may be what an image shows
+        given = {}
     classes = tuple(folder.name for folder in _sub_folders(given.get("train", root)))
     if len(classes) < 2:
         raise ValueError(

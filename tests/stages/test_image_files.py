@@ -97,6 +97,11 @@ def test_folders_that_name_the_parts(tmp_path, parts, sizes):
     assert len(set.union(*seen)) == sum(sizes)
 
 
+def test_train_may_be_a_class(tmp_path):
+    splits = data.open_data(f"folder:{write_folder(tmp_path, ('car', 'test', 'train'))}", size=8)
+    assert splits.classes == ("car", "test", "train")
+
+
 def test_grey_colour_palette_and_transparency_become_what_was_asked_for(tmp_path):
     root = write_folder(tmp_path, count=10)
     rng = np.random.default_rng(0)
