@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,24 +12,9 @@ import torch
 from PIL import Image
 
 import pyprune as pp
-from pyprune import cli
 
 Run = Callable[..., tuple[int, str, str]]
 NAMES = [f"class{i}" for i in range(10)]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["pyprune", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return call
 
 
 class Hostile:
