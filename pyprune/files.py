@@ -257,3 +257,32 @@ def read_tensors(who: str, path: str | os.PathLike[str]) -> tuple[dict[str, torc
     except Exception as error:
         raise ValueError(f"{who}: {path} is not a valid safetensors file ({error}).") from None
     return tensors, header.get("__metadata__", {})
+
+
+def write_described(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, torch.Tensor],
+    kind: str,
+    version: int,
+    about: Mapping[str, Any],
+) -> None:
+    """Write ``tensors`` with what is to be known about them: the counterpart of :func:`read_described`."""
+    description = json.dumps(about, default=dict)
+    write_tensors(path, tensors, {"format": kind, "version": str(version), "about": description})
+
+
+def read_described(
+    who: str, path: str | os.PathLike[str], kind: str, version: int
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the tensors and the description in a safetensors file of ``kind``, of a version up to ``version``.
+
+    Raises
+    ------
+    ValueError
+        If it is missing, truncated, malformed, of another kind, or from a newer pyprune.
+    """
+    tensors, metadata = read_tensors(who, path)
+    found = metadata.get("version", "")
+    number = int(found) if found.isdecimal() else found  # safetensors keeps strings only
+    check_format(who, path, metadata.get("format"), number, kind, version)
+    return tensors, parse_json(who, metadata.get("about", "").encode(), f"{path} (about)")

@@ -407,15 +407,11 @@ class _Run:
             "fingerprint": self._fingerprint(), "start": self.start, "best": self.best.epoch,
             "history": [asdict(epoch) for epoch in self.history], "scaler": self.scaler.state_dict(),
         }  # fmt: skip
-        files.write_tensors(path, tensors, {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about)})
+        files.write_described(path, tensors, FORMAT, VERSION, about)
 
     def _load(self, path: Path) -> None:
         """Take up the run in ``path``; raise ``ValueError`` if it is not this one."""
-        tensors, metadata = files.read_tensors("finetune", path)
-        version = metadata.get("version", "")
-        known = int(version) if version.isdecimal() else version
-        files.check_format("finetune", path, metadata.get("format"), known, FORMAT, VERSION)
-        about = files.parse_json("finetune", metadata.get("about", "").encode(), f"{path} (about)")
+        tensors, about = files.read_described("finetune", path, FORMAT, VERSION)
         self._check_same_run(path, about, tensors)
         try:
             history = [Epoch(**epoch) for epoch in about["history"]]

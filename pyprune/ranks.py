@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import operator
 import os
 import time
@@ -547,11 +546,7 @@ class _Checkpoint:
         if not self.path.exists():
             return 0, ""
         who = "rank_filters"
-        tensors, metadata = files.read_tensors(who, self.path)
-        version = metadata.get("version", "")
-        version_number = int(version) if version.isdecimal() else version
-        files.check_format(who, self.path, metadata.get("format"), version_number, CHECKPOINT, 1)
-        about = files.parse_json(who, metadata.get("about", "").encode(), f"{self.path} (about)")
+        tensors, about = files.read_described(who, self.path, CHECKPOINT, 1)
         run = about.get("run")
         other = [name for name, value in self._run.items() if not isinstance(run, dict) or run.get(name) != value]
         if sample.micro_batch and about.get("micro_batch") != sample.micro_batch:
@@ -569,6 +564,5 @@ class _Checkpoint:
         if time.monotonic() - self._saved < CHECKPOINT_SECONDS:
             return
         about = {"run": self._run, "done": done, "prefix": prefix, "micro_batch": sample.micro_batch}
-        metadata = {"format": CHECKPOINT, "version": "1", "about": json.dumps(about)}
-        files.write_tensors(self.path, self._accumulator.state_dict(), metadata)
+        files.write_described(self.path, self._accumulator.state_dict(), CHECKPOINT, 1, about)
         self._saved = time.monotonic()

@@ -112,11 +112,7 @@ class ClassRanks:
         if self.counts is not None:
             tensors["counts"] = torch.from_numpy(self.counts)
         about = {"shapes": self.shapes, "taps": self.taps, "info": self.info, "layers": list(self.layers)}
-        files.write_tensors(
-            path,
-            tensors,
-            {"format": self.FORMAT, "version": str(self.VERSION), "about": json.dumps(about, default=dict)},
-        )
+        files.write_described(path, tensors, self.FORMAT, self.VERSION, about)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ClassRanks:
@@ -127,13 +123,7 @@ class ClassRanks:
         ValueError
             If the file is missing, truncated, of another kind or from a newer pyprune.
         """
-        tensors, metadata = files.read_tensors("ClassRanks.load", path)
-        version = metadata.get("version", "")
-        files.check_format(
-            "ClassRanks.load", path, metadata.get("format"),
-            int(version) if version.isdecimal() else version, cls.FORMAT, cls.VERSION,
-        )  # fmt: skip
-        about = files.parse_json("ClassRanks.load", metadata.get("about", "").encode(), f"{path} (about)")
+        tensors, about = files.read_described("ClassRanks.load", path, cls.FORMAT, cls.VERSION)
         try:
             return cls(
                 layers={name: tensors[f"R/{name}"].numpy() for name in about["layers"]},
