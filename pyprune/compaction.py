@@ -263,7 +263,8 @@ def _extended(plan: Plan, classes: Mapping[str, IntArray], stuck: set[int]) -> P
         empty = next((name for name, kept in keep.items() if not len(kept)), None)
         if empty is None:
             return Plan(keep)
-        left_alone.add(min(classes[empty][plan.keep[empty]].tolist(), key=lambda one: votes[one]))
+        own = plan.keep.get(empty, np.arange(len(classes[empty])))  # the emptied layer need not be in the plan
+        left_alone.add(min(classes[empty][own].tolist(), key=lambda one: votes[one]))
 
 
 def _beyond(plan: Plan, channels: Channels) -> dict[str, IntArray]:
