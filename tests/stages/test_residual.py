@@ -328,6 +328,21 @@ def test_a_union_never_empties_a_layer_and_leaves_outputs_alone():
     assert slim.model.b.out_channels == 4
 
 
+def test_a_union_leaves_a_filter_in_a_layer_that_the_plan_does_not_name():
+    class Sliced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(2, 6, 1), nn.Conv2d(2, 3, 1), nn.Conv2d(3, 2, 1)
+
+        def forward(self, x):
+            y = self.a(x)
+            return self.c(F.relu(y[:, :3] + self.b(x))) + y[:, 3:].sum(1, keepdim=True)
+
+    slim = assert_exact(Sliced(), Plan({"a": [3, 4, 5]}), residual="union")  # b's three filters are all tied to a's
+    assert slim.model.b.out_channels == 1
+    assert slim.model.a.out_channels == 4
+
+
 def test_round_to_brings_back_filters_in_every_mode():
     for mode in MODES:
         model = NETS["projection"]()
