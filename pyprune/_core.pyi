@@ -3,5 +3,5 @@ import numpy.typing as npt
 
 def rank_variants() -> dict[str, str]: ...
 def rank(
-    maps: npt.NDArray[np.float32] | npt.NDArray[np.float64], rtol: float, variant: str, threads: int
+    maps: npt.NDArray[np.floating] | npt.NDArray[np.uint16], rtol: float, variant: str, threads: int, dtype: str = ""
 ) -> npt.NDArray[np.int32]: ...

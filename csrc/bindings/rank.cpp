@@ -40,11 +40,20 @@ const RankVariant& find(const std::string& name) {
   throw std::invalid_argument("rank: no variant " + name + " on this CPU");
 }
 
-Maps describe(const py::array& maps) {
-  const bool is_double = maps.dtype().num() == py::detail::npy_api::NPY_DOUBLE_;
-  if (!is_double && maps.dtype().num() != py::detail::npy_api::NPY_FLOAT_) {
-    throw py::type_error("rank: maps must be float32 or float64 in native byte order");
+// numpy has no bfloat16: such maps come as their bits, uint16, and are called "bfloat16".
+Element element_of(const py::array& maps, const std::string& dtype) {
+  const py::dtype type = maps.dtype();
+  if (dtype == "bfloat16" && type.equal(py::dtype::of<std::uint16_t>())) return Element::bfloat16;
+  if (dtype.empty() || dtype == py::cast<std::string>(type.attr("name"))) {
+    if (type.equal(py::dtype::of<float>())) return Element::float32;
+    if (type.equal(py::dtype::of<double>())) return Element::float64;
+    if (type.equal(py::dtype("float16"))) return Element::float16;
   }
+  throw py::type_error("rank: maps must be float16, float32 or float64 in native byte order, or uint16 as 'bfloat16'");
+}
+
+Maps describe(const py::array& maps, const std::string& dtype) {
+  const Element element = element_of(maps, dtype);
   const py::ssize_t item = maps.itemsize();
   std::ptrdiff_t strides[4];
   if (maps.ndim() != 4) throw std::invalid_argument("rank: maps must be [N, C, H, W]");
@@ -56,7 +65,7 @@ Maps describe(const py::array& maps) {
     throw std::invalid_argument("rank: maps must be aligned");
   }
   return {maps.data(),
-          is_double,
+          element,
           maps.shape(0),
           maps.shape(1),
           strides[0],
@@ -64,8 +73,9 @@ Maps describe(const py::array& maps) {
           {maps.shape(2), maps.shape(3), strides[2], strides[3]}};
 }
 
-py::array_t<std::int32_t> rank(const py::array& array, double rtol, const std::string& name, int threads) {
-  const Maps maps = describe(array);
+py::array_t<std::int32_t> rank(const py::array& array, double rtol, const std::string& name, int threads,
+                               const std::string& dtype) {
+  const Maps maps = describe(array, dtype);
   const RankVariant& variant = find(name);
   const std::ptrdiff_t count = maps.N * maps.C;
   py::array_t<std::int32_t> result(count);
@@ -91,7 +101,10 @@ py::array_t<std::int32_t> rank(const py::array& array, double rtol, const std::s
 void register_rank(py::module_& module) {
   module.def("rank_variants", &rank_variants, "Each compiled variant, slowest first, and why it cannot run ('').");
   module.def("rank", &rank, py::arg("maps"), py::arg("rtol"), py::arg("variant"), py::arg("threads"),
-             "Ranks int32 [N * C] of maps [N, C, H, W], any strides; -1 for a map with NaN or infinity.");
+             py::arg("dtype") = "",
+             "Ranks int32 [N * C] of maps [N, C, H, W], any strides; -1 for a map with NaN or infinity.\n\n"
+             "maps: float16, float32 or float64; bfloat16 as its bits, uint16, with dtype=\"bfloat16\".\n"
+             "Halves are read in place, as exactly as float32.");
 }
 
 }  // namespace pyprune

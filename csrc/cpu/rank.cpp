@@ -48,7 +48,7 @@ struct Batch {
 
   const void* map(std::ptrdiff_t i) const {
     const std::ptrdiff_t offset = i / maps.C * maps.stride_n + i % maps.C * maps.stride_c;
-    return static_cast<const char*>(maps.data) + offset * (maps.is_double ? 8 : 4);
+    return static_cast<const char*>(maps.data) + offset * bytes_of(maps.element);
   }
 };
 
@@ -61,7 +61,7 @@ std::size_t run_blocks(const Batch& batch, std::ptrdiff_t* index, std::size_t co
   for (std::size_t start = 0; start < count; start += lanes) {
     const std::size_t used = std::min(lanes, count - start);
     for (std::size_t l = 0; l < lanes; ++l) maps[l] = batch.map(index[start + std::min(l, used - 1)]);
-    batch.variant.run(maps, batch.maps.shape, batch.maps.is_double, batch.rtol, refine, workspace, ranks);
+    batch.variant.run(maps, batch.maps.shape, batch.maps.element, batch.rtol, refine, workspace, ranks);
     for (std::size_t l = 0; l < used; ++l) {
       const std::ptrdiff_t i = index[start + l];
       batch.ranks[i] = ranks[l];
@@ -84,7 +84,7 @@ void run_item(Batch& batch, std::ptrdiff_t item) {
   left = run_blocks(batch, index.data(), left, true, memory);
   for (std::size_t i = 0; i < left; ++i) {
     batch.ranks[index[i]] =
-        rank_tridiagonal(batch.map(index[i]), shape, batch.maps.is_double, batch.rtol, static_cast<double*>(memory));
+        rank_tridiagonal(batch.map(index[i]), shape, batch.maps.element, batch.rtol, static_cast<double*>(memory));
   }
 }
 

@@ -4,10 +4,10 @@
 namespace pyprune {
 namespace {
 bool supported() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 }  // namespace
 
-extern const RankVariant kRankAvx2 = {"cpu_avx2", "AVX2 and FMA", supported, kLanes, workspace_bytes, run_block};
+extern const RankVariant kRankAvx2 = {"cpu_avx2", "AVX2, FMA and F16C", supported, kLanes, workspace_bytes, run_block};
 
 }  // namespace pyprune

@@ -2,6 +2,7 @@
 //
 // Include it from one source file per instruction set, after defining PYPRUNE_LANES. Everything here has internal
 // linkage and nothing inline is shared with other files, so no code for one instruction set can end up in another.
+#include "half.h"
 #include "pyprune/rank.h"
 
 #if defined(__AVX__)
@@ -68,17 +69,27 @@ inline bool any(Mask mask) {
 // Phase 1: transpose kLanes maps into a float64 tile [H][W][lane]. Widening here, once, beats widening in the Gram
 // loop, where it costs half of the multiply-adds again.
 
-template <class T>
-struct Traits;
-template <>
-struct Traits<float> {
+typedef std::uint16_t VecHalf __attribute__((vector_size(2 * kLanes)));
+typedef std::uint32_t VecBits __attribute__((vector_size(4 * kLanes)));
+
+struct AsFloat {
   using Lanes = VecFloat;
-  typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
   typedef std::int32_t Pick __attribute__((vector_size(4 * kLanes)));
+};
+template <class T>
+struct Traits : AsFloat {  // float16 and bfloat16
+  using Stored = VecHalf;
+  typedef std::uint16_t Unaligned __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+};
+template <>
+struct Traits<float> : AsFloat {
+  using Stored = VecFloat;
+  typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 };
 template <>
 struct Traits<double> {
   using Lanes = Vec;
+  using Stored = Vec;
   typedef double Unaligned __attribute__((vector_size(8 * kLanes), aligned(8), may_alias));
   typedef std::int64_t Pick __attribute__((vector_size(8 * kLanes)));
 };
@@ -86,9 +97,57 @@ struct Traits<double> {
 template <class T>
 using Lanes = typename Traits<T>::Lanes;
 
+// What lies in memory as something to compute with: halves become float32 at once.
+template <class T>
+inline Lanes<T> decode(typename Traits<T>::Stored stored) {
+  return stored;
+}
+template <>
+inline VecFloat decode<BFloat16>(VecHalf stored) {
+  return reinterpret_cast<VecFloat>(__builtin_convertvector(stored, VecBits) << 16);
+}
+template <>
+inline VecFloat decode<Float16>(VecHalf stored) {
+#if defined(__F16C__) && PYPRUNE_LANES == 8
+  return reinterpret_cast<VecFloat>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(stored)));
+#elif defined(__F16C__) && PYPRUNE_LANES == 4
+  return reinterpret_cast<VecFloat>(_mm_cvtph_ps(_mm_cvtsi64_si128(reinterpret_cast<long long>(stored))));
+#else  // as value_of() in half.h
+  const VecBits bits = __builtin_convertvector(stored, VecBits);
+  const VecBits magnitude = (bits & 0x7fff) << 13, exponent = magnitude & 0x0f800000;
+  const auto special = exponent == 0x0f800000, tiny = exponent == 0;
+  const VecBits one = VecBits{} + (1u << 23);
+  const VecBits step = special ? one * 224 : tiny ? one * 113 : one * 112;
+  const VecFloat value = reinterpret_cast<VecFloat>(magnitude + step);
+  const VecFloat shifted = value - 0x1p-14f;
+  const VecBits found = reinterpret_cast<VecBits>(tiny ? shifted : value);
+  return reinterpret_cast<VecFloat>(found | (bits & 0x8000) << 16);
+#endif
+}
+
 template <class T>
 inline Lanes<T> load(const T* p) {
-  return *reinterpret_cast<const typename Traits<T>::Unaligned*>(p);
+  return decode<T>(*reinterpret_cast<const typename Traits<T>::Unaligned*>(p));
+}
+
+inline float stored(float a) {
+  return a;
+}
+inline double stored(double a) {
+  return a;
+}
+template <class T>
+inline std::uint16_t stored(T a) {
+  return a.bits;
+}
+
+// One element of each map.
+template <class T>
+inline Lanes<T> gather(const T* const* maps, Index offset) {
+  typename Traits<T>::Stored v;
+  PYPRUNE_UNROLL
+  for (int l = 0; l < kLanes; ++l) v[l] = stored(maps[l][offset]);
+  return decode<T>(v);
 }
 
 // Lower (half = 0) or upper half of a and b, interleaved.
@@ -136,12 +195,7 @@ void pack_run(const T* const* maps, Index offset, Index count, Vec* tile) {
     PYPRUNE_UNROLL
     for (int l = 0; l < kLanes; ++l) tile[k + l] = widen(v[l]);
   }
-  for (; k < count; ++k) {
-    Lanes<T> v;
-    PYPRUNE_UNROLL
-    for (int l = 0; l < kLanes; ++l) v[l] = maps[l][offset + k];
-    tile[k] = widen(v);
-  }
+  for (; k < count; ++k) tile[k] = widen(gather(maps, offset + k));
 }
 
 template <class T>
@@ -159,18 +213,14 @@ void pack(const T* const* maps, const MapShape& s, Vec* tile) {
     for (Index h = 0; h < s.H; ++h) pack_run(maps, h * s.stride_h, s.W, tile + h * s.W);
   } else {
     for (Index h = 0; h < s.H; ++h) {
-      for (Index w = 0; w < s.W; ++w) {
-        Lanes<T> v;
-        PYPRUNE_UNROLL
-        for (int l = 0; l < kLanes; ++l) v[l] = maps[l][h * s.stride_h + w * s.stride_w];
-        tile[h * s.W + w] = widen(v);
-      }
+      for (Index w = 0; w < s.W; ++w) tile[h * s.W + w] = widen(gather(maps, h * s.stride_h + w * s.stride_w));
     }
   }
 }
 
 // Squares of float32 neither overflow nor vanish in float64. Float64 maps are scaled by a power of two, lane by lane.
-inline Vec scale_of(const float* const*, const MapShape&) {
+template <class T>
+inline Vec scale_of(const T* const*, const MapShape&) {
   return broadcast(1);
 }
 
@@ -178,9 +228,7 @@ Vec scale_of(const double* const* maps, const MapShape& s) {
   Vec top = {};
   for (Index h = 0; h < s.H; ++h) {
     for (Index w = 0; w < s.W; ++w) {
-      Vec v;
-      PYPRUNE_UNROLL
-      for (int l = 0; l < kLanes; ++l) v[l] = maps[l][h * s.stride_h + w * s.stride_w];
+      const Vec v = gather(maps, h * s.stride_h + w * s.stride_w);
       top = larger(larger(top, v), -v);
     }
   }
@@ -533,17 +581,24 @@ void run(const T* const* maps, const MapShape& s, double rtol, bool refine, void
   const Mask finite = norms.trace < __builtin_inf();
   PYPRUNE_UNROLL
   for (int l = 0; l < kLanes; ++l) {
-    const std::int32_t rank = norms.trace[l] == 0 ? 0 : static_cast<std::int32_t>(above.positive[l]);
+    // rtol < 1: sigma_max itself always counts, however wide the bracket is
+    const std::int32_t positive = static_cast<std::int32_t>(above.positive[l]);
+    const std::int32_t rank = norms.trace[l] == 0 ? 0 : positive == 0 ? 1 : positive;
     ranks[l] = !finite[l] ? kRankNotFinite : decided[l] ? rank : kRankUndecided;
   }
 }
 
-void run_block(const void* const* maps, const MapShape& s, bool is_double, double rtol, bool refine, void* workspace,
+void run_block(const void* const* maps, const MapShape& s, Element element, double rtol, bool refine, void* workspace,
                std::int32_t* ranks) {
-  if (is_double) {
-    run(reinterpret_cast<const double* const*>(maps), s, rtol, refine, workspace, ranks);
-  } else {
-    run(reinterpret_cast<const float* const*>(maps), s, rtol, refine, workspace, ranks);
+  switch (element) {
+    case Element::float32:
+      return run(reinterpret_cast<const float* const*>(maps), s, rtol, refine, workspace, ranks);
+    case Element::float64:
+      return run(reinterpret_cast<const double* const*>(maps), s, rtol, refine, workspace, ranks);
+    case Element::float16:
+      return run(reinterpret_cast<const Float16* const*>(maps), s, rtol, refine, workspace, ranks);
+    case Element::bfloat16:
+      return run(reinterpret_cast<const BFloat16* const*>(maps), s, rtol, refine, workspace, ranks);
   }
 }
 

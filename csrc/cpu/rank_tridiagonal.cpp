@@ -2,6 +2,7 @@
 #include <cfloat>
 #include <cmath>
 
+#include "half.h"
 #include "pyprune/rank.h"
 
 namespace pyprune {
@@ -17,7 +18,7 @@ double load(const T* map, const MapShape& s, double* A) {
   double top = 0, check = 0;
   for (std::ptrdiff_t i = 0; i < m; ++i) {
     for (std::ptrdiff_t k = 0; k < n; ++k) {
-      const double a = static_cast<double>(map[i * row + k * column]);
+      const double a = value_of(map[i * row + k * column]);
       A[i * n + k] = a;
       top = std::max(top, std::fabs(a));
       check += a * 0;
@@ -28,6 +29,20 @@ double load(const T* map, const MapShape& s, double* A) {
   std::frexp(top, &exponent);
   for (std::ptrdiff_t i = 0; i < m * n; ++i) A[i] = std::ldexp(A[i], -exponent);
   return top;
+}
+
+double load(const void* map, const MapShape& s, Element element, double* A) {
+  switch (element) {
+    case Element::float32:
+      return load(static_cast<const float*>(map), s, A);
+    case Element::float64:
+      return load(static_cast<const double*>(map), s, A);
+    case Element::float16:
+      return load(static_cast<const Float16*>(map), s, A);
+    case Element::bfloat16:
+      return load(static_cast<const BFloat16*>(map), s, A);
+  }
+  return NAN;
 }
 
 void gram(const double* A, std::ptrdiff_t m, std::ptrdiff_t n, double* G) {
@@ -95,11 +110,10 @@ std::size_t rank_tridiagonal_workspace(const MapShape& s) {
   return m * n + m * m + 4 * m;
 }
 
-std::int32_t rank_tridiagonal(const void* map, const MapShape& s, bool is_double, double rtol, double* workspace) {
+std::int32_t rank_tridiagonal(const void* map, const MapShape& s, Element element, double rtol, double* workspace) {
   const std::ptrdiff_t m = short_side(s), n = long_side(s);
   double *A = workspace, *G = A + m * n, *d = G + m * m, *e2 = d + m, *v = e2 + m, *w = v + m;
-  const double top =
-      is_double ? load(static_cast<const double*>(map), s, A) : load(static_cast<const float*>(map), s, A);
+  const double top = load(map, s, element, A);
   if (std::isnan(top)) return kRankNotFinite;
   if (top == 0) return 0;
   gram(A, m, n, G);

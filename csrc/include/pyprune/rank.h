@@ -19,10 +19,16 @@ static inline std::ptrdiff_t long_side(const MapShape& s) {
   return s.H < s.W ? s.W : s.H;
 }
 
+enum class Element { float32, float64, float16, bfloat16 };
+
+static inline std::ptrdiff_t bytes_of(Element element) {
+  return element == Element::float64 ? 8 : element == Element::float32 ? 4 : 2;
+}
+
 // A batch [N, C] of such maps.
 struct Maps {
   const void* data;
-  bool is_double;  // else float
+  Element element;
   std::ptrdiff_t N, C, stride_n, stride_c;
   MapShape shape;
 };
@@ -42,7 +48,7 @@ struct RankVariant {
   int lanes;
   std::size_t (*workspace)(const MapShape&);  // bytes, for 64-byte aligned memory
   // maps[0..lanes): the maps' first elements. refine: narrow the bracket of sigma_max by power steps.
-  void (*run)(const void* const* maps, const MapShape&, bool is_double, double rtol, bool refine, void* workspace,
+  void (*run)(const void* const* maps, const MapShape&, Element, double rtol, bool refine, void* workspace,
               std::int32_t* ranks);
 };
 
@@ -57,6 +63,6 @@ double rank_seconds(const MapShape&);
 
 // The slow, sure path for one map: float64 Gram matrix, Householder tridiagonalisation, Sturm counts.
 std::size_t rank_tridiagonal_workspace(const MapShape&);  // doubles
-std::int32_t rank_tridiagonal(const void* map, const MapShape&, bool is_double, double rtol, double* workspace);
+std::int32_t rank_tridiagonal(const void* map, const MapShape&, Element, double rtol, double* workspace);
 
 }  // namespace pyprune
