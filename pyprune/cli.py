@@ -86,6 +86,36 @@ def doctor(as_json: Json = False) -> None:
 
 
 @app.command()
+def bench(
+    op: Annotated[list[str] | None, typer.Option(help="Kernel to measure, rank or ssim; repeatable.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, or a CUDA device such as cuda:0.")] = "cpu",
+    variant: Annotated[list[str] | None, typer.Option(help="Variant of ours to time; repeatable.")] = None,
+    side: Annotated[list[int] | None, typer.Option(help="Side of the maps that are ranked; repeatable.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of ours and of torch; by default torch's.", min=1)
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Runs of each, of which the median counts.", min=1)] = 7,
+    out: Annotated[Path | None, typer.Option(help="File to write the same to, as JSON.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time every kernel beside its peers and this machine's own limits, and check every answer."""
+    import torch
+
+    from pyprune import benching, files
+
+    if out is not None:
+        _check_out(out)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    found = benching.bench(
+        op or benching.OPS, device=device, variants=variant, sides=side or benching.RANK_SIDES, rounds=rounds
+    )
+    if out is not None:
+        files.write_json(out, found.to_json())
+    _print_json(found.to_json()) if as_json else typer.echo(str(found))
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo-results"),
     epochs: Annotated[int, typer.Option(help="Epochs of training from scratch.", min=1)] = 12,

@@ -13,8 +13,9 @@ BASE = {
     "graph", "operations", "channels", "rewiring",  # the traced network
     "checkpoints", "hrank",  # what people bring along
     "features", "sampling", "clustering", "slimfile", "slimsource",  # parts of one stage each
+    "benching",  # measures the kernels
 }  # fmt: skip
-KNOWS_THE_ORDER = {"__init__", "pipeline", "demo", "cli"}
+KNOWS_THE_ORDER = {"__init__", "__main__", "pipeline", "demo", "cli"}
 STAGES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in BASE | KNOWS_THE_ORDER)
 
 

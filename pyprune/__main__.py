@@ -1,0 +1,5 @@
+"""``python -m pyprune``: the command line where no script is installed."""
+
+from pyprune.cli import main
+
+main()
