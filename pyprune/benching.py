@@ -298,7 +298,7 @@ def _cupy_rival(maps: torch.Tensor) -> dict[str, Rival]:
     return {"cupy_svd": lambda count: cupy.linalg.svd(view[:count], compute_uv=False)}
 
 
-def _vgg16_case(_: None, floor: Floor, device: torch.device, variants: Sequence[str] | None, rounds: int) -> list[Row]:
+def _vgg16_case(floor: Floor, device: torch.device, variants: Sequence[str] | None, rounds: int) -> list[Row]:
     """Rank every map of VGG-16 on 500 images of 32 x 32."""
     layers = [torch.randn(500, channels, side, side, device=device).relu() for channels, side in VGG16]
     ours = _rank_variants(layers[0], variants) if device.type == "cpu" else ["auto"]
