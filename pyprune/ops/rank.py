@@ -79,7 +79,37 @@ def matrix_rank(x: Any, *, rtol: float | None = None, check: bool = True, varian
     >>> pp.matrix_rank(np.eye(3, 5, dtype=np.float32))
     array(3, dtype=int32)
     """
-    return _run(x, rtol=rtol, check=check, variant=variant)[0]
+    if isinstance(x, np.ndarray):
+        return _run(x, rtol=rtol, check=check, variant=variant)[0]
+    if not hasattr(x, "__dlpack__"):
+        raise TypeError(f"matrix_rank: x must be a torch tensor, a numpy array or have __dlpack__; got {type(x)!r}.")
+    from pyprune.ops import _library
+
+    return _like(x, _library.matrix_rank(_as_tensor(x), rtol, check, variant))
+
+
+def on_tensor(x: torch.Tensor, rtol: float | None = None, check: bool = True, variant: str = "auto") -> torch.Tensor:
+    """Compute the operator ``pyprune::matrix_rank``; x: [..., H, W] -> int32 [...]."""
+    ranks, _ = _run(x.detach(), rtol=rtol, check=check, variant=variant)
+    return ranks  # type: ignore[no-any-return]
+
+
+def on_fake(x: torch.Tensor, rtol: float | None = None, check: bool = True, variant: str = "auto") -> torch.Tensor:
+    """Return what :func:`on_tensor` would, without values, and refuse what it would refuse unseen."""
+    import torch
+
+    _check_rtol(rtol)
+    _check_maps(x.shape, _dtype_name(x))
+    if variant != "auto":
+        _resolve(variant, x.shape, _dtype_name(x), x.device.type, rtol)
+    return x.new_empty(x.shape[:-2], dtype=torch.int32)
+
+
+def on_batch(info: Any, in_dims: tuple[int | None, ...], x: torch.Tensor, *options: Any) -> tuple[torch.Tensor, int]:
+    """Rank a whole batch of vmap at once: it is one leading dimension more."""
+    from pyprune.ops import _library
+
+    return _library.matrix_rank(x.movedim(in_dims[0], 0), *options), 0  # type: ignore[arg-type]
 
 
 def rank_variants(machine: Machine) -> tuple[str, ...]:
@@ -89,14 +119,10 @@ def rank_variants(machine: Machine) -> tuple[str, ...]:
 
 def _run(x: Any, *, rtol: float | None = None, check: bool = True, variant: str = "auto") -> tuple[Any, str]:
     """Return the ranks and the variant that computed them."""
-    if rtol is not None and not 0 <= rtol < 1:
-        raise ValueError(f"matrix_rank: rtol must be in [0, 1); got {rtol}.")
+    _check_rtol(rtol)
     maps = x if isinstance(x, np.ndarray) else _as_tensor(x)  # [..., H, W]
     shape = tuple(maps.shape)
-    if isinstance(maps, np.ndarray):
-        dtype, device = maps.dtype.name, "cpu"
-    else:
-        dtype, device = str(maps.dtype).removeprefix("torch."), maps.device.type
+    dtype, device = _dtype_name(maps), "cpu" if isinstance(maps, np.ndarray) else maps.device.type
     _check_maps(shape, dtype)
     name = _resolve(variant, shape, dtype, device, rtol)
     ranks = _compute(maps, rtol, name)
@@ -106,15 +132,22 @@ def _run(x: Any, *, rtol: float | None = None, check: bool = True, variant: str 
             f"matrix_rank: maps must be finite; {bad} of {math.prod(shape[:-2])} hold NaN or infinity. "
             "Find what makes them, or pass check=False to get -1 for these."
         )
-    return _like(x, ranks), name
+    return ranks, name
 
 
 def _as_tensor(x: Any) -> torch.Tensor:
-    if not hasattr(x, "__dlpack__"):
-        raise TypeError(f"matrix_rank: x must be a torch tensor, a numpy array or have __dlpack__; got {type(x)!r}.")
     import torch
 
-    return x.detach() if isinstance(x, torch.Tensor) else torch.utils.dlpack.from_dlpack(x)
+    return x if isinstance(x, torch.Tensor) else torch.utils.dlpack.from_dlpack(x)
+
+
+def _dtype_name(maps: Any) -> str:
+    return maps.dtype.name if isinstance(maps, np.ndarray) else str(maps.dtype).removeprefix("torch.")
+
+
+def _check_rtol(rtol: float | None) -> None:
+    if rtol is not None and not 0 <= rtol < 1:
+        raise ValueError(f"matrix_rank: rtol must be in [0, 1); got {rtol}.")
 
 
 def _check_maps(shape: Sequence[int], dtype: str) -> None:
@@ -145,7 +178,8 @@ def _resolve(variant: str, shape: Sequence[int], dtype: str, device: str, rtol: 
 def _compute(maps: Any, rtol: float | None, name: str) -> Any:
     """Return int32 [...] ranks with -1 for maps that are not finite: a tensor for a tensor, else an array."""
     if name == "torch_svd":
-        return _torch_svd(maps, rtol)
+        ranks = _torch_svd(maps, rtol)
+        return ranks.numpy() if isinstance(maps, np.ndarray) else ranks
     if isinstance(maps, np.ndarray):
         return _on_array(maps, rtol, name)
     import torch
@@ -191,8 +225,6 @@ def _torch_svd(maps: Any, rtol: float | None) -> Any:
 
 def _like(x: Any, ranks: Any) -> Any:
     """Return ``ranks`` as the kind of array that ``x`` is."""
-    if isinstance(x, np.ndarray):
-        return np.asarray(ranks)
     import torch
 
     if isinstance(x, torch.Tensor):
