@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pyprune.measure import evaluate as evaluate
     from pyprune.measure import profile as profile
     from pyprune.ops.rank import matrix_rank as matrix_rank
+    from pyprune.ops.ssim import kernel_ssim as kernel_ssim
     from pyprune.pipeline import prune as prune
     from pyprune.ranks import RankAccumulator as RankAccumulator
     from pyprune.ranks import rank_filters as rank_filters
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 # A function never shares its module's name: importing the module would put it in the function's place.
 _HOME = {
     "matrix_rank": "ops.rank",
+    "kernel_ssim": "ops.ssim",
     "RankAccumulator": "ranks",
     "rank_filters": "ranks",
     "select": "selection",

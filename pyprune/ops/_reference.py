@@ -19,3 +19,66 @@ def matrix_rank(x: npt.ArrayLike, rtol: float | None = None) -> npt.NDArray[np.i
     s = np.linalg.svd(maps, compute_uv=False)  # [..., min(H, W)], descending
     rtol = max(maps.shape[-2:]) * EPS32 if rtol is None else rtol
     return np.asarray((s > rtol * s[..., :1]).sum(axis=-1), np.int32)
+
+
+def ssim_scaled(
+    w: npt.ArrayLike, eps: float, eps_absolute: float | None = None
+) -> tuple[npt.NDArray[np.float64], float]:
+    """Return a layer divided by a power of two, so that its largest weight is in [0.5, 1), and e on that scale.
+
+    ``e`` is ``eps`` times the mean square weight, or ``eps_absolute``. It is kept within 2^-1000 and 2^200: beyond
+    these psi no longer depends on it in float64. A layer of zeros gets e = 1, since all of its slices are alike.
+    """
+    weights = np.asarray(w, np.float64)
+    largest = float(np.abs(weights).max(initial=0))
+    if largest == 0:
+        return weights, 1.0
+    exponent = int(np.frexp(largest)[1])
+    scaled = np.ldexp(weights, -exponent)
+    if eps_absolute is None:
+        e = eps * float(np.mean(np.square(scaled)))
+    else:
+        with np.errstate(over="ignore", under="ignore"):
+            e = float(np.ldexp(eps_absolute, -2 * exponent))
+    return scaled, min(max(e, 2.0**-1000), 2.0**200)
+
+
+def ssim_slices(
+    scaled: npt.NDArray[np.float64],
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return every slice centred and divided by sqrt(K1 K2) [F2, F1, K1 K2], the means and the deviations [F2, F1].
+
+    So a covariance is a plain product of two rows. Subtracting a slice's own first value before averaging makes the
+    centred values of a constant slice exactly zero.
+    """
+    rows = scaled.reshape(*scaled.shape[:2], -1)
+    shifted = rows - rows[..., :1]
+    mean = shifted.mean(axis=-1)
+    centred = (shifted - mean[..., None]) / np.sqrt(rows.shape[-1])
+    return centred, rows[..., 0] + mean, np.sqrt(np.square(centred).sum(axis=-1))
+
+
+def kernel_ssim(
+    w: npt.ArrayLike,
+    alpha: float = 0.1,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    eps: float = 1e-2,
+    eps_absolute: float | None = None,
+) -> npt.NDArray[np.float64]:
+    """Return the mean over channels of L^alpha C^beta S^gamma for all pairs of filters: [F2, F1, K1, K2] -> [F2, F2].
+
+    L = (2 |mx my| + e) / (mx^2 + my^2 + e), C = (2 sx sy + e) / (sx^2 + sy^2 + e), S = (|sxy| + e) / (sx sy + e).
+    """
+    scaled, e = ssim_scaled(w, eps, eps_absolute)
+    centred, m, s = ssim_slices(scaled)
+    psi = np.eye(len(m))
+    for i in range(len(m) - 1):
+        mx, my, sx, sy = m[i], m[i + 1 :], s[i], s[i + 1 :]
+        sxy = np.einsum("ck,jck->jc", centred[i], centred[i + 1 :])
+        luminance = (2 * np.abs(mx * my) + e) / (mx * mx + my * my + e)
+        contrast = (2 * sx * sy + e) / (sx * sx + sy * sy + e)
+        structure = (np.abs(sxy) + e) / (sx * sy + e)
+        row = (luminance**alpha * contrast**beta * structure**gamma).mean(axis=-1)
+        psi[i, i + 1 :] = psi[i + 1 :, i] = np.minimum(row, 1)
+    return psi
