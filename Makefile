@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo-results
 
-.PHONY: help install demo test slow check lint format wheel smoke bench clean
+.PHONY: help install demo test slow sanitize check lint format wheel smoke bench clean
 
 help:  ## Show these targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/' | expand -t 10
@@ -26,6 +26,9 @@ test: install  ## The quick tests
 
 slow: install  ## The slow tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
+
+sanitize: install  ## The tests of the ops under Address-, UndefinedBehavior- and ThreadSanitizer (needs g++ and cmake)
+	for kind in address undefined thread; do PATH=$(abspath $(BIN)):$$PATH tests/sanitize.sh $$kind -q || exit 1; done
 
 lint: install  ## ruff, mypy --strict, clang-format: report only
 	$(BIN)/ruff check .

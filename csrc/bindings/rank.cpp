@@ -14,8 +14,6 @@ namespace py = pybind11;
 namespace pyprune {
 namespace {
 
-constexpr double kChunkSeconds = 0.05;  // how long a thread may work before Ctrl-C is looked for
-
 const RankVariant* const kVariants[] = {
     &kRankBaseline,
 #ifdef PYPRUNE_X86
@@ -84,16 +82,12 @@ py::array_t<std::int32_t> rank(const py::array& array, double rtol, const std::s
     std::fill_n(ranks, count, 0);
     return result;
   }
-  const double chunk = kChunkSeconds / rank_seconds(maps.shape) * std::max(threads, 1);
-  const std::ptrdiff_t step = chunk < static_cast<double>(count) ? static_cast<std::ptrdiff_t>(chunk) + 1 : count;
-  for (std::ptrdiff_t first = 0; first < count; first += step) {
-    {
-      py::gil_scoped_release release;
-      rank_maps(maps, rtol, variant, threads, first, std::min(first + step, count), ranks);
-    }
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  Signals signals;
+  {
+    py::gil_scoped_release release;
+    if (rank_maps(maps, rtol, variant, threads, ranks, poll_signals, &signals)) return result;
   }
-  return result;
+  throw py::error_already_set();
 }
 
 }  // namespace

@@ -26,11 +26,22 @@ struct Job {
   void run() {
     for (std::ptrdiff_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) task(context, i);
   }
+
+  bool run(PoolPoll poll, void* poll_context) {
+    for (std::ptrdiff_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
+      task(context, i);
+      if (poll && poll(poll_context)) {
+        next.store(items, std::memory_order_relaxed);
+        return false;
+      }
+    }
+    return true;
+  }
 };
 
 class Pool {
  public:
-  void run(Job& job, int threads) {
+  bool run(Job& job, int threads, PoolPoll poll, void* poll_context) {
     const int helpers = static_cast<int>(std::min<std::ptrdiff_t>(threads - 1, job.items - 1));
     {
       std::lock_guard lock(mutex_);
@@ -38,11 +49,12 @@ class Pool {
       tickets_.insert(tickets_.end(), static_cast<std::size_t>(std::min(helpers, workers_)), &job);
     }
     wake_.notify_all();
-    job.run();
+    const bool finished = job.run(poll, poll_context);
     std::unique_lock lock(mutex_);
     // Nothing is left to claim: tickets that no worker took would only point at a dead job.
     tickets_.erase(std::remove(tickets_.begin(), tickets_.end(), &job), tickets_.end());
     job.idle.wait(lock, [&] { return job.helpers == 0; });
+    return finished;
   }
 
  private:
@@ -107,13 +119,9 @@ Pool& pool() {
 
 }  // namespace
 
-void parallel_for(std::ptrdiff_t items, int threads, PoolTask task, void* context) {
+bool parallel_for(std::ptrdiff_t items, int threads, PoolTask task, void* context, PoolPoll poll, void* poll_context) {
   Job job{task, context, items};
-  if (threads <= 1 || items <= 1) {
-    job.run();
-  } else {
-    pool().run(job, threads);
-  }
+  return threads <= 1 || items <= 1 ? job.run(poll, poll_context) : pool().run(job, threads, poll, poll_context);
 }
 
 }  // namespace pyprune

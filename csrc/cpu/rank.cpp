@@ -5,8 +5,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <memory>
+#include <mutex>
 #include <new>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "pyprune/pool.h"
@@ -17,33 +20,56 @@ namespace {
 constexpr double kSerialSeconds = 1e-3;  // waking threads costs tens of microseconds
 constexpr double kItemSeconds = 2e-4;
 
-class Workspace {
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<void, Free>;
+
+// What one thread needs while it works on an item.
+struct Scratch {
+  Memory memory;
+  std::vector<std::ptrdiff_t> index;  // of the maps of an item that are still undecided
+
+  Scratch(std::size_t bytes, std::ptrdiff_t per_item)
+      : memory(std::aligned_alloc(64, (bytes + 63) / 64 * 64)), index(static_cast<std::size_t>(per_item)) {
+    if (!memory) throw std::bad_alloc();
+  }
+};
+
+// The scratches of one call, as many as threads meet in it. They are no thread_local objects: those of a library that
+// is loaded late are freed behind a thread's back (ThreadSanitizer reports it), and would stay as large as the largest
+// call ever made.
+class Scratches {
  public:
-  ~Workspace() { std::free(memory_); }
-  void* reserve(std::size_t bytes) {
-    if (bytes > size_) {
-      std::free(memory_);
-      size_ = (bytes + 63) / 64 * 64;
-      memory_ = std::aligned_alloc(64, size_);
-      if (!memory_) {
-        size_ = 0;
-        throw std::bad_alloc();
+  std::unique_ptr<Scratch> take(std::size_t bytes, std::ptrdiff_t per_item) {
+    {
+      std::lock_guard lock(mutex_);
+      if (!free_.empty()) {
+        std::unique_ptr<Scratch> scratch = std::move(free_.back());
+        free_.pop_back();
+        return scratch;
       }
     }
-    return memory_;
+    return std::make_unique<Scratch>(bytes, per_item);
+  }
+  void give_back(std::unique_ptr<Scratch> scratch) {
+    std::lock_guard lock(mutex_);
+    free_.push_back(std::move(scratch));
   }
 
  private:
-  void* memory_ = nullptr;
-  std::size_t size_ = 0;
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Scratch>> free_;
 };
 
 struct Batch {
   const Maps& maps;
   const double rtol;
   const RankVariant& variant;
-  const std::ptrdiff_t first, last, per_item;
+  const std::ptrdiff_t count, per_item;
   std::int32_t* const ranks;
+  const std::size_t bytes;  // of workspace
+  Scratches scratches{};
   std::atomic<bool> out_of_memory{false};
 
   const void* map(std::ptrdiff_t i) const {
@@ -72,20 +98,19 @@ std::size_t run_blocks(const Batch& batch, std::ptrdiff_t* index, std::size_t co
 }
 
 void run_item(Batch& batch, std::ptrdiff_t item) {
-  thread_local Workspace workspace;
-  thread_local std::vector<std::ptrdiff_t> index;
-  const MapShape& shape = batch.maps.shape;
-  const std::ptrdiff_t first = batch.first + item * batch.per_item;
-  index.resize(static_cast<std::size_t>(std::min(batch.per_item, batch.last - first)));
-  std::iota(index.begin(), index.end(), first);
-  void* memory =
-      workspace.reserve(std::max(batch.variant.workspace(shape), rank_tridiagonal_workspace(shape) * sizeof(double)));
-  std::size_t left = run_blocks(batch, index.data(), index.size(), false, memory);
-  left = run_blocks(batch, index.data(), left, true, memory);
+  const std::ptrdiff_t first = item * batch.per_item;
+  std::unique_ptr<Scratch> scratch = batch.scratches.take(batch.bytes, batch.per_item);
+  void* memory = scratch->memory.get();
+  std::ptrdiff_t* index = scratch->index.data();
+  std::size_t left = static_cast<std::size_t>(std::min(batch.per_item, batch.count - first));
+  std::iota(index, index + left, first);
+  left = run_blocks(batch, index, left, false, memory);
+  left = run_blocks(batch, index, left, true, memory);
   for (std::size_t i = 0; i < left; ++i) {
-    batch.ranks[index[i]] =
-        rank_tridiagonal(batch.map(index[i]), shape, batch.maps.element, batch.rtol, static_cast<double*>(memory));
+    batch.ranks[index[i]] = rank_tridiagonal(batch.map(index[i]), batch.maps.shape, batch.maps.element, batch.rtol,
+                                             static_cast<double*>(memory));
   }
+  batch.scratches.give_back(std::move(scratch));
 }
 
 void task(void* context, std::ptrdiff_t item) {
@@ -97,23 +122,28 @@ void task(void* context, std::ptrdiff_t item) {
   }
 }
 
-}  // namespace
-
-double rank_seconds(const MapShape& shape) {
+// Rough cost of one map on an AVX-512 thread; others take up to four times as long.
+double seconds_of(const MapShape& shape) {
   const double m = static_cast<double>(short_side(shape)), n = static_cast<double>(long_side(shape));
-  // Fits an AVX-512 thread; others take up to four times as long.
   return (100 + 2 * m * n + m * m * n / 8 + m * m * m / 12) * 1e-10;
 }
 
-void rank_maps(const Maps& maps, double rtol, const RankVariant& variant, int threads, std::ptrdiff_t first,
-               std::ptrdiff_t last, std::int32_t* ranks) {
-  const double seconds = rank_seconds(maps.shape);
-  const std::ptrdiff_t count = last - first, lanes = variant.lanes;
+}  // namespace
+
+bool rank_maps(const Maps& maps, double rtol, const RankVariant& variant, int threads, std::int32_t* ranks,
+               PoolPoll poll, void* poll_context) {
+  const double seconds = seconds_of(maps.shape);
+  const std::ptrdiff_t count = maps.N * maps.C, lanes = variant.lanes;
   const std::ptrdiff_t blocks = static_cast<std::ptrdiff_t>(kItemSeconds / (seconds * static_cast<double>(lanes))) + 1;
   if (seconds * static_cast<double>(count) < kSerialSeconds) threads = 1;
-  Batch batch{maps, rtol, variant, first, last, blocks * lanes, ranks};
-  parallel_for((count + batch.per_item - 1) / batch.per_item, threads, task, &batch);
+  const std::ptrdiff_t per_item = std::min(blocks * lanes, count);
+  const std::size_t bytes =
+      std::max(variant.workspace(maps.shape), rank_tridiagonal_workspace(maps.shape) * sizeof(double));
+  Batch batch{maps, rtol, variant, count, per_item, ranks, bytes};
+  const std::ptrdiff_t items = (count + per_item - 1) / per_item;
+  const bool finished = parallel_for(items, threads, task, &batch, poll, poll_context);
   if (batch.out_of_memory) throw std::bad_alloc();
+  return finished;
 }
 
 }  // namespace pyprune

@@ -144,7 +144,7 @@ inline std::uint16_t stored(T a) {
 // One element of each map.
 template <class T>
 inline Lanes<T> gather(const T* const* maps, Index offset) {
-  typename Traits<T>::Stored v;
+  typename Traits<T>::Stored v{};
   PYPRUNE_UNROLL
   for (int l = 0; l < kLanes; ++l) v[l] = stored(maps[l][offset]);
   return decode<T>(v);

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "pyprune/pool.h"
+
 namespace pyprune {
 
 // One map [H, W] of a batch; strides count elements.
@@ -54,12 +56,9 @@ struct RankVariant {
 
 extern const RankVariant kRankBaseline, kRankAvx2, kRankAvx512;  // the latter two on x86-64 only
 
-// Ranks of maps [first, last), counted along [N, C], into ranks[first..last).
-void rank_maps(const Maps&, double rtol, const RankVariant&, int threads, std::ptrdiff_t first, std::ptrdiff_t last,
-               std::int32_t* ranks);
-
-// Rough cost of one map, for deciding about threads and chunks.
-double rank_seconds(const MapShape&);
+// Ranks of all maps, counted along [N, C], into ranks [N * C]. poll as in parallel_for: false if it stopped the work.
+bool rank_maps(const Maps&, double rtol, const RankVariant&, int threads, std::int32_t* ranks, PoolPoll poll,
+               void* poll_context);
 
 // The slow, sure path for one map: float64 Gram matrix, Householder tridiagonalisation, Sturm counts.
 std::size_t rank_tridiagonal_workspace(const MapShape&);  // doubles
