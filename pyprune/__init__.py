@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from pyprune.pipeline import prune as prune
     from pyprune.ranks import RankAccumulator as RankAccumulator
     from pyprune.ranks import rank_filters as rank_filters
+    from pyprune.redundancy import ckrm as ckrm
     from pyprune.reporting import report as report
     from pyprune.selection import select as select
+    from pyprune.types import CKRM as CKRM
     from pyprune.types import Certificate as Certificate
     from pyprune.types import ClassRanks as ClassRanks
     from pyprune.types import Compacted as Compacted
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 _HOME = {
     "matrix_rank": "ops.rank",
     "kernel_ssim": "ops.ssim",
+    "ckrm": "redundancy",
     "RankAccumulator": "ranks",
     "rank_filters": "ranks",
     "select": "selection",
@@ -60,6 +63,7 @@ _HOME = {
     "models": "",
     "load_checkpoint": "checkpoints",
     "ClassRanks": "types",
+    "CKRM": "types",
     "Plan": "types",
     "History": "types",
     "Certificate": "types",

@@ -1,53 +1,43 @@
-"""One self-contained HTML page about a pruning run: what went, why, what it cost, and the proof."""
+"""One self-contained HTML page about a result: what went, why, what it cost, and the proof; or what is redundant."""
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyprune import files
-from pyprune.types import ClassRanks, Compacted, Evaluation, History, LayerWhy, Plan, PruneResult, Region
+from pyprune import drawing, redundancy_plots
+from pyprune.drawing import ACCENT, COLOURS, GREY, INK, new_axes
+from pyprune.types import CKRM, ClassRanks, Compacted, Evaluation, History, LayerWhy, Plan, PruneResult, Region
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, GREY, LIGHT, ACCENT = "#1f2933", "#8a94a0", "#d5dbe1", "#0b6e99"
-CLUSTERS = ("#0b6e99", "#d1495b", "#edae49", "#3a7d44", "#7b4ea3", "#00a6a6", "#b5651d", "#5d5d81")
-STYLE: Any = {
-    "svg.hashsalt": "pyprune", "font.size": 9, "text.color": INK, "axes.edgecolor": GREY, "axes.labelcolor": INK,
-    "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
-}  # fmt: skip
 
-
-def report(result: PruneResult, path: str | os.PathLike[str]) -> None:
+def report(result: PruneResult | CKRM, path: str | os.PathLike[str]) -> None:
     """Write ``result`` as one HTML page with its pictures inside: no script, no request to anywhere.
 
-    For every convolution it shows the heatmap of R (filters by classes, thesis figure 4.2) and the filters in the
-    plane of AVG and STD with the four regions (thesis figure 4.3).
+    For a :class:`PruneResult` it shows, for every convolution, the heatmap of R (filters by classes, thesis figure 4.2)
+    and the filters in the plane of AVG and STD with the four regions (thesis figure 4.3). For a :class:`CKRM` it shows
+    lambda along depth, and how similar the filters of every layer are.
 
     Raises
     ------
     TypeError
-        If ``result`` is not a :class:`PruneResult`.
+        If ``result`` is neither.
     ValueError
         If ``path`` lies in a folder that cannot be written.
     """
+    if isinstance(result, CKRM):
+        redundancy_plots.redundancy_page(result, path)
+        return
     if not isinstance(result, PruneResult):
-        raise TypeError(f"report: needs the PruneResult of pyprune.prune; got {type(result).__name__}.")
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("pyprune"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["picture"] = _picture
-    page = environment.get_template("report.html").render(
+        raise TypeError(f"report: needs what pyprune.prune or pyprune.ckrm returned; got {type(result).__name__}.")
+    drawing.write_page(
+        "report", "report.html", path,
         result=result,
         stages=list(result.evaluations.items()),
         costs=_costs(result.slim),
@@ -55,9 +45,7 @@ def report(result: PruneResult, path: str | os.PathLike[str]) -> None:
         history=history_figure(result.history),
         per_class=per_class_figure(result.evaluations),
         proof=result.slim.certificate,
-    )
-    folder = files.make_folder("report", os.path.dirname(os.fspath(path)) or ".")  # noqa: PTH120
-    files.write_bytes(folder / os.path.basename(os.fspath(path)), page.encode())  # noqa: PTH119
+    )  # fmt: skip
 
 
 def _costs(slim: Compacted) -> list[tuple[str, str, str, str]]:
@@ -106,7 +94,7 @@ def _fates(why: LayerWhy) -> str:
 
 def heatmap_figure(ranks: ClassRanks, plan: Plan, name: str) -> Figure:
     """Draw R of one layer, classes by filters, filters sorted by mean rank; kept ones are ticked below."""
-    figure, axes = _axes(6.4, 2.9)
+    figure, axes = new_axes(6.4, 2.9)
     R = ranks.layers[name]
     order = np.argsort(-R.mean(axis=1), kind="stable")
     shape = ranks.shapes.get(name)
@@ -123,13 +111,13 @@ def heatmap_figure(ranks: ClassRanks, plan: Plan, name: str) -> Figure:
 
 def regions_figure(why: LayerWhy) -> Figure:
     """Draw the filters of one layer by AVG and STD with the four regions, the clusters and every filter's fate."""
-    figure, axes = _axes(6.4, 3.4)
+    figure, axes = new_axes(6.4, 3.4)
     x_mean, y_mean = why.avg_mean or 0.0, why.std_mean or 0.0
     axes.axvspan(x_mean, 1.06, ymin=0, ymax=(y_mean + 0.06) / 1.12, color=ACCENT, alpha=0.08, lw=0)
     axes.axvline(x_mean, color=GREY, lw=0.8, ls="--")
     axes.axhline(y_mean, color=GREY, lw=0.8, ls="--")
     surviving = sorted({one.cluster or 0 for one in why if one.medoid and one.region == Region.HIGH_AVG_LOW_STD})
-    colour = {cluster: CLUSTERS[i % len(CLUSTERS)] for i, cluster in enumerate(surviving)}
+    colour = {cluster: COLOURS[i % len(COLOURS)] for i, cluster in enumerate(surviving)}
     for one in why:
         if one.cluster is None or one.avg is None or one.std is None:
             continue
@@ -160,7 +148,7 @@ def _legend(axes: Axes, surviving: int, k: int) -> None:
 
     handles = [
         mark("o", "kept", INK, True), mark("o", "removed", INK, False), mark("*", "medoid", INK, True),
-        mark("o", f"in one of {surviving} surviving clusters of {k}", CLUSTERS[0], True),
+        mark("o", f"in one of {surviving} surviving clusters of {k}", COLOURS[0], True),
         mark("o", "in a cluster that goes", GREY, False),
     ]  # fmt: skip
     axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 1.2), ncols=3, frameon=False, fontsize=7)
@@ -168,14 +156,14 @@ def _legend(axes: Axes, surviving: int, k: int) -> None:
 
 def history_figure(history: History) -> Figure:
     """Draw loss and validation top-1 by epoch of fine-tuning; the chosen epoch is marked."""
-    figure, axes = _axes(6.4, 2.6)
+    figure, axes = new_axes(6.4, 2.6)
     epochs = [epoch.epoch for epoch in history.epochs]
     axes.plot(epochs, [epoch.train_loss for epoch in history.epochs], "-o", ms=3, color=ACCENT, label="training loss")
     axes.set(xlabel="epoch", ylabel="training loss")
     top1 = [epoch.val_top1 for epoch in history.epochs if epoch.val_top1 is not None]
     if len(top1) == len(epochs):
         right = axes.twinx()
-        right.plot(epochs, top1, "-s", ms=3, color=CLUSTERS[1], label="validation top-1")
+        right.plot(epochs, top1, "-s", ms=3, color=COLOURS[1], label="validation top-1")
         right.set_ylabel("validation top-1")
         right.spines["right"].set_visible(True)
     axes.axvline(history.best, color=GREY, lw=0.8, ls=":")
@@ -187,32 +175,13 @@ def history_figure(history: History) -> Figure:
 
 def per_class_figure(evaluations: Any) -> Figure:
     """Draw top-1 within each class, stage beside stage."""
-    figure, axes = _axes(6.4, 2.6)
+    figure, axes = new_axes(6.4, 2.6)
     stages: list[tuple[str, Evaluation]] = list(evaluations.items())
     width = 0.8 / len(stages)
     for i, (name, evaluation) in enumerate(stages):
         classes = np.arange(len(evaluation.per_class))
         axes.bar(classes + (i - (len(stages) - 1) / 2) * width, evaluation.per_class, width,
-                 color=CLUSTERS[i % len(CLUSTERS)], label=name)  # fmt: skip
+                 color=COLOURS[i % len(COLOURS)], label=name)  # fmt: skip
     axes.set(xlabel="class", ylabel="top-1", ylim=(0, 1))
     figure.legend(loc="upper center", ncols=len(stages), frameon=False, fontsize=7, bbox_to_anchor=(0.5, 1.06))
     return figure
-
-
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, figure.add_subplot()
-
-
-def _picture(figure: Figure) -> str:
-    """Return ``figure`` as a data URI of an SVG, which as an image cannot run anything."""
-    from matplotlib import rc_context
-
-    buffer = io.BytesIO()
-    with rc_context(STYLE):
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,18 @@ def test_ranks_and_plan_of_version_1() -> None:
     plan = pp.Plan.load(V1 / "plan.json")
     assert plan.method == "crank"
     assert plan.keep["0"].tolist() == [2, 4]
+
+
+def test_redundancy_of_version_1() -> None:
+    result = pp.CKRM.load(V1 / "ckrm.json")
+    assert list(result.networks) == ["run 0", "run 1"]
+    assert result.lambdas(0.3, "run 0") == pytest.approx({"first": 0.4, "second": 1.0, "single": np.nan}, nan_ok=True)
+    layer = result["run 1", "first"]
+    assert (layer.pairs, layer.all_pairs) == (5, 6)
+    assert layer.top[0] == (1, 3, 0.5397180453811635)
+    assert layer.random is not None
+    assert layer.random.mean == 0.4136885670160386
+    assert result.left_out["run 0"] == {"point": "1x1 kernels have no structure"}
 
 
 def test_slim_folder_of_version_1() -> None:

@@ -11,8 +11,9 @@ PACKAGE = Path(pyprune.__file__).parent
 BASE = {
     "types", "files", "progress", "machine", "ops", "_core", "models", "data", "datasets", "measure",  # for everyone
     "graph", "operations", "channels", "rewiring",  # the traced network
-    "checkpoints", "hrank",  # what people bring along
-    "features", "sampling", "clustering", "slimfile", "slimsource",  # parts of one stage each
+    "checkpoints", "convolutions", "hrank",  # what people bring along
+    "drawing",  # figures and pages
+    "features", "sampling", "clustering", "redundancy_plots", "slimfile", "slimsource",  # parts of one stage each
     "benching",  # measures the kernels
 }  # fmt: skip
 KNOWS_THE_ORDER = {"__init__", "__main__", "pipeline", "demo", "cli"}
@@ -45,7 +46,7 @@ def test_the_check_would_notice() -> None:
 
 
 def test_the_stages_are_the_documented_ones() -> None:
-    assert STAGES == ["compaction", "export", "finetuning", "masks", "ranks", "reporting", "selection"]
+    assert STAGES == ["compaction", "export", "finetuning", "masks", "ranks", "redundancy", "reporting", "selection"]
 
 
 def test_the_pipeline_fits_on_a_screen() -> None:
