@@ -14,29 +14,78 @@ from typing import Any
 
 OPTIONAL_PACKAGES = ("onnx", "onnxruntime", "cupy", "nvidia-ml-py", "torchvision")
 _MODULES = {"nvidia-ml-py": "pynvml"}  # where the module is not called like the package
-_PIP_NAMES = {"cupy": "cupy-cuda12x"}  # the plain name would compile CuPy from source
+_NO_EXTENSION = "the extension pyprune._core is not built; run pip install ."
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a chooser may know: the native CPU variants that run here, slowest first."""
+    """What a chooser may know.
+
+    ``cpu_variants`` are the native CPU variants that run here, slowest first. ``cuda`` holds the layouts of the
+    compiled CUDA kernels that the GPU can run, each with the largest short side that it takes, in order of choice.
+    ``triton`` is the kind of device that Triton kernels run on: ``"cuda"``, ``"cpu"`` under Triton's interpreter, or
+    ``""``.
+    """
 
     cpu_variants: tuple[str, ...] = ()
+    cuda: tuple[tuple[str, int], ...] = ()
+    triton: str = ""
+
+
+def this_machine(gpu: int = 0) -> Machine:
+    """Return the :class:`Machine` that this process runs on, with that GPU.
+
+    GPUs are looked at only once torch has initialised CUDA, hence whenever a tensor is on one: a process that works on
+    the CPU must not create a CUDA context, which takes memory and does not survive a fork.
+    """
+    torch: Any = sys.modules.get("torch")
+    return _machine(gpu if torch is not None and torch.cuda.is_initialized() else None)
 
 
 @cache
-def this_machine() -> Machine:
-    """Return the :class:`Machine` that this process runs on."""
-    return Machine(tuple(name for name, why_not in cpu_variants().items() if not why_not))
+def _machine(gpu: int | None) -> Machine:
+    usable = tuple(name for name, why_not in cpu_variants().items() if not why_not)
+    layouts = () if gpu is None or cuda_reason(gpu) else tuple(_core().rank_cuda_layouts(gpu).items())
+    triton = "" if triton_reason(gpu is not None) else "cpu" if _interpreted() else "cuda"
+    return Machine(usable, layouts, triton)
 
 
 def cpu_variants() -> dict[str, str]:
     """Return each compiled CPU variant, slowest first, with the reason why it cannot run here ("" if it can)."""
+    core = _core()
+    return core.rank_variants() if core else {}
+
+
+def cuda_reason(gpu: int = 0) -> str:
+    """Say why the compiled CUDA kernels cannot run on that GPU ("" if they can)."""
+    core = _core()
+    if core is None:
+        return _NO_EXTENSION
+    built, architectures = core.cuda_built() if hasattr(core, "cuda_built") else (False, "")
+    if not built:
+        return "no CUDA kernels in this build: nvcc was not found, or PYPRUNE_CUDA=OFF"
+    why_not: str = core.cuda_device_reason(gpu)
+    return f"{why_not.rstrip('.')} (built for {architectures.replace(';', ', ')})" if why_not else ""
+
+
+def triton_reason(gpu: bool) -> str:
+    """Say why Triton kernels cannot run here ("" if they can); ``gpu``: torch has one."""
+    if not _found("triton"):
+        return "not installed: pip install triton"
+    return "" if gpu or _interpreted() else "torch finds no GPU"
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def _core() -> Any:
+    """Return the extension, or ``None`` where it is not built."""
     try:
         from pyprune import _core
     except ImportError:
-        return {}
-    return _core.rank_variants()
+        return None
+    return _core
 
 
 def threads() -> int:
@@ -86,7 +135,7 @@ class Backends:
         return {**asdict(self), "cuda_devices": list(self.cuda_devices)}
 
     def __str__(self) -> str:
-        cpu = self.cpu or {"native kernels": "the extension pyprune._core is not built; run pip install ."}
+        cpu = self.cpu or {"native kernels": _NO_EXTENSION}
         lines = [
             ("pyprune", self.pyprune),
             ("python", f"{self.python} on {self.platform}"),
@@ -120,7 +169,14 @@ def backends() -> Backends:
 
     present = torch.cuda.is_available()
     devices = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if present else ()
-    why = "" if present else "; torch finds no CUDA device"
+    triton = triton_reason(present)
+    cuda = cuda_reason()
+    if cuda and present:
+        cuda += f"; GPU tensors go through {'torch.linalg' if triton else 'Triton and torch.linalg'}"
+    if not present:
+        built_for = torch.version.cuda or getattr(torch.version, "hip", None)
+        blind = "torch finds no GPU" if built_for else f"torch {torch.__version__} is built for CPUs only"
+        cuda = f"{cuda}; {blind}" if cuda else blind
     return Backends(
         pyprune=importlib.metadata.version("pyprune"),
         python=platform.python_version(),
@@ -128,9 +184,9 @@ def backends() -> Backends:
         platform=f"{platform.system()} {platform.machine()}",
         threads=threads(),
         cpu=cpu_variants(),
-        cuda=f"no CUDA kernels in this build: GPU tensors go through torch.linalg{why}",
+        cuda=cuda,
         cuda_devices=devices,
-        triton="pyprune has no Triton kernels yet" if _found("triton") else "not installed: pip install triton",
+        triton=triton,
         packages={name: _package(name) for name in OPTIONAL_PACKAGES},
     )
 
@@ -138,9 +194,16 @@ def backends() -> Backends:
 def _package(name: str) -> str:
     module = _MODULES.get(name, name)
     if not _found(module):
-        return f"not installed: pip install {_PIP_NAMES.get(name, name)}"
+        return f"not installed: pip install {_cupy_name() if name == 'cupy' else name}"
     owners = importlib.metadata.packages_distributions().get(module, [name])
     return importlib.metadata.version(owners[0])
+
+
+def _cupy_name() -> str:
+    """Return the CuPy package for torch's CUDA; the plain name would compile CuPy from source."""
+    import torch
+
+    return f"cupy-cuda{(torch.version.cuda or '13').partition('.')[0]}x"
 
 
 def _found(module: str) -> bool:

@@ -30,6 +30,11 @@ from pyprune.ops import rank
 _NAMESPACE: Any = torch.ops.pyprune
 
 
+def is_tensor(x: Any) -> bool:
+    """Return whether ``x`` is a torch tensor, for modules that do not import torch."""
+    return isinstance(x, torch.Tensor)
+
+
 def _library() -> Any:
     """Return the one ``Library`` of this process: a second copy of this module must not define operators again."""
     make: Any = torch.library.Library  # torch leaves it untyped

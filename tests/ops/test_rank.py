@@ -1,6 +1,8 @@
 """What matrix_rank takes, returns and refuses; which variant runs."""
 
 import array
+import re
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -10,12 +12,16 @@ import torch
 import pyprune as pp
 from pyprune import machine
 from pyprune.machine import Machine
-from pyprune.ops import _reference
+from pyprune.ops import _reference, rank
 from pyprune.ops.rank import _run, choose_rank, rank_variants
 
 HERE = machine.this_machine()
 ALL = rank_variants(HERE)
 AVX512 = Machine(("cpu_baseline", "cpu_avx2", "cpu_avx512"))
+LAYOUTS = (("cuda_thread", 4), ("cuda_group8", 8), ("cuda_group16", 16), ("cuda_group32", 32), ("cuda_tile4", 64))
+GPU = Machine(AVX512.cpu_variants, (*LAYOUTS, ("cuda_tile8", 224)), "cuda")
+TRITON = Machine(AVX512.cpu_variants, (), "cuda")
+INTERPRETER = Machine(AVX512.cpu_variants, (), "cpu")
 AVX2 = Machine(("cpu_baseline", "cpu_avx2"))
 
 
@@ -30,11 +36,44 @@ AVX2 = Machine(("cpu_baseline", "cpu_avx2"))
         ((64, 32, 32), "cpu", AVX512, 1e-6, "cpu_avx512"),
         ((256, 1000), "cpu", AVX512, None, "cpu_avx512"),
         ((257, 257), "cpu", AVX512, None, "reference"),
-        ((64, 32, 32), "cuda", AVX512, None, "torch_svd"),
+        ((64, 4, 1000), "cuda", GPU, None, "cuda_thread"),
+        ((64, 5, 5), "cuda", GPU, None, "cuda_group8"),
+        ((64, 17, 32), "cuda", GPU, None, "cuda_group32"),
+        ((64, 33, 33), "cuda", GPU, None, "cuda_tile4"),
+        ((64, 224, 224), "cuda", GPU, None, "cuda_tile8"),
+        ((64, 225, 300), "cuda", GPU, None, "torch_eigvalsh"),
+        ((64, 8, 8), "cuda", GPU, 1e-8, "torch_svd"),
+        ((64, 8, 8), "cpu", GPU, None, "cpu_avx512"),
+        ((64, 64, 99), "cuda", TRITON, None, "triton"),
+        ((64, 65, 65), "cuda", TRITON, None, "torch_eigvalsh"),
+        ((64, 8, 8), "cuda", TRITON, 1e-8, "torch_svd"),
+        ((64, 8, 8), "cuda", INTERPRETER, None, "torch_eigvalsh"),
+        ((64, 8, 8), "cpu", INTERPRETER, None, "cpu_avx512"),
+        ((64, 32, 32), "cuda", AVX512, None, "torch_eigvalsh"),
     ],
 )
 def test_chooser(shape, device, here, rtol, want):
     assert choose_rank(shape, "float32", device, here, rtol) == want
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("mps", "maps must be on cpu or cuda; these are on mps. Pass x.cpu(), or variant='torch_eigvalsh' if torch"),
+        ("xpu", "maps must be on cpu or cuda; these are on xpu"),
+        ("meta", "maps must have values; these are on meta"),
+    ],
+)
+def test_devices_without_a_backend(device, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        choose_rank((3, 3), "float32", device, GPU)
+
+
+def test_variants_of_each_device():
+    assert rank_variants(GPU) == (*AVX512.cpu_variants, "reference", "torch_eigvalsh", "torch_svd")
+    assert rank_variants(GPU, "cuda") == (*dict(GPU.cuda), "triton", "torch_eigvalsh", "torch_svd")
+    assert "triton" in rank_variants(INTERPRETER)
+    assert rank_variants(GPU, "mps") == ("torch_eigvalsh", "torch_svd")
 
 
 def test_auto_runs_the_fastest_native_variant():
@@ -163,15 +202,78 @@ def test_no_array_and_too_few_dimensions():
         pp.matrix_rank(torch.ones(3))
 
 
-def test_unknown_missing_and_misplaced_variants(monkeypatch):
-    with pytest.raises(ValueError, match="variant 'cpu_mmx' is unknown; here are auto, cpu_baseline"):
-        pp.matrix_rank(torch.eye(2), variant="cpu_mmx")
-    with pytest.raises(ValueError, match="takes maps in host memory; these are on meta"):
-        pp.matrix_rank(torch.eye(2, device="meta"), variant="cpu_baseline")
-    monkeypatch.setattr(machine, "this_machine", lambda: Machine(("cpu_baseline",)))
-    monkeypatch.setattr(machine, "cpu_variants", lambda: {"cpu_avx2": "this CPU lacks AVX2 and FMA"})
-    with pytest.raises(ValueError, match="variant 'cpu_avx2' is not usable: this CPU lacks AVX2 and FMA; here are"):
-        pp.matrix_rank(torch.eye(2), variant="cpu_avx2")
+@pytest.mark.parametrize(
+    ("variant", "device", "here", "message"),
+    [
+        (
+            "cpu_mmx",
+            "cpu",
+            AVX2,
+            "is unknown; here are auto, cpu_baseline, cpu_avx2, reference, torch_eigvalsh, torch_svd",
+        ),
+        ("cpu_avx22", "cpu", AVX2, "Did you mean 'cpu_avx2'?"),
+        ("torch_eigvals", "cuda", GPU, "Did you mean 'torch_eigvalsh'?"),
+        ("cpu_avx512", "cpu", AVX2, "is not usable: this CPU lacks AVX-512; here are auto, cpu_baseline, cpu_avx2,"),
+        (
+            "cpu_avx2",
+            "cuda",
+            GPU,
+            "takes maps in host memory; these are on cuda. Pass x.to('cpu'), or one of auto, cuda",
+        ),
+        ("reference", "meta", AVX2, "takes maps in host memory; these are on meta"),
+        (
+            "cuda_tile8",
+            "cpu",
+            GPU,
+            "takes maps on a GPU; these are in host memory. Pass x.to('cuda'), or one of auto, cpu",
+        ),
+        ("cuda_tile8", "cuda", TRITON, "is not usable: no CUDA kernels in this build"),
+        ("triton", "cpu", TRITON, "takes maps on a GPU; these are in host memory"),
+        ("triton", "cuda", AVX2, "is not usable: not installed: pip install triton"),
+        ("triton", "cuda", INTERPRETER, "takes maps in host memory; these are on cuda"),
+    ],
+)
+def test_a_variant_that_cannot_run_says_why(variant, device, here, message, monkeypatch):
+    lacks = {"cpu_baseline": "", "cpu_avx2": "", "cpu_avx512": "this CPU lacks AVX-512"}
+    monkeypatch.setattr(machine, "cpu_variants", lambda: lacks)
+    monkeypatch.setattr(machine, "cuda_reason", lambda: "no CUDA kernels in this build")
+    monkeypatch.setattr(machine, "_found", lambda module: False)
+    with pytest.raises(ValueError, match=re.escape(f"matrix_rank: variant {variant!r} ") + ".*" + re.escape(message)):
+        rank._resolve(variant, (3, 3), "float32", device, None, here)
+
+
+def test_a_variant_that_takes_only_smaller_maps():
+    with pytest.raises(
+        ValueError, match=r"'cuda_group8' takes maps with a short side of at most 8; got 9 x 100\. Pass"
+    ):
+        rank._resolve("cuda_group8", (2, 9, 100), "float32", "cuda", None, GPU)
+    assert rank._resolve("cuda_group8", (2, 100, 8), "float32", "cuda", None, GPU) == "cuda_group8"
+    with pytest.raises(ValueError, match="'triton' takes maps with a short side of at most 64; got 65 x 65"):
+        rank._resolve("triton", (65, 65), "float32", "cuda", None, TRITON)
+
+
+@pytest.mark.parametrize("variant", ["reference", "torch_svd", "torch_eigvalsh"])
+@pytest.mark.parametrize("shape", [(40, 7), (3, 90), (90, 1), (0, 5), (5, 0)])
+def test_many_maps_go_block_by_block(variant, shape, monkeypatch):
+    maps = np.maximum(np.random.default_rng(0).standard_normal((*shape, 6, 5)), 0)
+    want = _reference.matrix_rank(maps)
+    for workspace in (1, 8 * 141 * 10, 8 * 141 * 100):
+        monkeypatch.setattr(rank, "WORKSPACE", workspace)
+        blocks = [(len(maps[n, c]), maps[n, c].size // 30) for n, c in rank._blocks(maps.shape)]
+        assert sum(count for _, count in blocks) == maps.size // 30
+        assert all(count <= max(1, workspace // (8 * 141)) for _, count in blocks)
+        assert (pp.matrix_rank(maps, variant=variant) == want).all()
+        assert (pp.matrix_rank(torch.from_numpy(maps), variant=variant).numpy() == want).all()
+
+
+def test_memory_stays_bounded_however_many_maps(monkeypatch):
+    monkeypatch.setattr(rank, "WORKSPACE", 1 << 20)
+    maps = np.broadcast_to(np.eye(16, dtype=np.float32), (2, 4000, 16, 16))  # as float64 they would take 16 MB
+    tracemalloc.start()
+    assert (pp.matrix_rank(maps, variant="reference") == 16).all()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 << 20
 
 
 def test_the_binding_checks_memory():
