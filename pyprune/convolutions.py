@@ -158,7 +158,7 @@ def _of_module(who: str, model: nn.Module) -> tuple[dict[str, Kernels], dict[str
     found: dict[str, Kernels] = {}
     left_out: dict[str, str] = {}
     for name, module in model.named_modules():
-        title = name or "weights"
+        title = _own_name(name) or "weights"
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             weight = module.weight
             if nn.parameter.is_lazy(weight) or weight.is_meta:

@@ -142,7 +142,8 @@ def ckrm(
         variant=variant,
     )
     networks = read_networks("ckrm", model_or_weights, include_1x1=include_1x1)
-    chosen = {name: _chosen(network, layers, measure.pairs) for name, network in networks.items()}
+    wanted = None if layers is None else [layers] if isinstance(layers, str) else list(layers)
+    chosen = {name: _chosen(network, wanted, measure.pairs) for name, network in networks.items()}
     for network in chosen.values():
         _check_enough(network, measure.pairs)
     found: dict[str, dict[str, LayerRedundancy]] = {name: {} for name in chosen}
@@ -193,10 +194,10 @@ def _positive(name: str, value: Any) -> float:
     return number
 
 
-def _chosen(network: Network, layers: Iterable[str] | None, pairs: Any) -> dict[str, Kernels]:
+def _chosen(network: Network, layers: list[str] | None, pairs: Any) -> dict[str, Kernels]:
     """Return the layers that are to be measured; every name that the caller gave must be one."""
     known = network.layers
-    wanted = list(known) if layers is None else [layers] if isinstance(layers, str) else list(layers)
+    wanted = list(known) if layers is None else layers
     for name in [*wanted, *(pairs if isinstance(pairs, Mapping) else ())]:
         if name in network.left_out:
             raise ValueError(f"ckrm: layer {name!r} cannot be measured: it {network.left_out[name]}.")

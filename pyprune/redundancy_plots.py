@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 SHOWN_KERNELS = 18
 """Filters that are drawn beside their twins, the most similar first."""
 
+SHOWN_LAYERS = 180
+"""Layers in a figure: more would be neither drawn nor read in reasonable time."""
+
 _COARSE = 2  # of the fine bins make one bar
 _COLUMNS = 6
 
@@ -118,7 +121,7 @@ def _share(value: float) -> str:
 
 def omega_figure(result: CKRM) -> Figure:
     """Draw how Psi is distributed in every layer, the networks over one another and the null behind them."""
-    names = list(dict.fromkeys(name for layers in result.networks.values() for name in layers))
+    names = _names(result)
     columns = min(_COLUMNS, len(names))
     rows = -(-len(names) // columns)
     width, height = 2.1 * columns + 0.5, 1.4 * rows + 1.1
@@ -137,6 +140,11 @@ def omega_figure(result: CKRM) -> Figure:
     figure.supylabel("share of the pairs", fontsize=8, x=0.05 / width)
     _legend(figure, [*zip(result.networks, _colours(result), strict=False), ("random kernels", LIGHT)])
     return figure
+
+
+def _names(result: CKRM) -> list[str]:
+    """Return the layers of all networks in order, as many as a figure shows."""
+    return list(dict.fromkeys(name for layers in result.networks.values() for name in layers))[:SHOWN_LAYERS]
 
 
 def _omega(axes: Axes, result: CKRM, name: str) -> None:
@@ -163,7 +171,7 @@ def _shares(histogram: IntArray) -> FloatArray:
 
 def depth_figure(result: CKRM) -> Figure:
     """Draw lambda of the first threshold along depth: networks by colour, the three constants one below the other."""
-    names = list(dict.fromkeys(name for layers in result.networks.values() for name in layers))
+    names = _names(result)
     width = min(3 + 0.16 * len(names), 14)
     figure, panels = drawing.new_grid(len(EPSILONS), 1, width, 5.6, sharex=True)
     for row, (axes, eps) in enumerate(zip(panels, EPSILONS, strict=True), start=1):

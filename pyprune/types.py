@@ -618,6 +618,9 @@ class RandomKernels:
     point99: float
     histogram: IntArray
 
+    def __post_init__(self) -> None:
+        _freeze(self)
+
 
 @dataclass(frozen=True, eq=False)
 class LayerRedundancy:
@@ -673,6 +676,9 @@ class LayerRedundancy:
     faint: int = 0
     variant: str = ""
     note: str = ""
+
+    def __post_init__(self) -> None:
+        _freeze(self)
 
     @property
     def lambdas(self) -> FloatArray:
@@ -861,6 +867,16 @@ class CKRM:
     def __str__(self) -> str:
         parts = [_redundancy_table(self, network) for network in self.networks]
         return "\n\n".join([*parts, "\n".join(self.notes)] if self.notes else parts)
+
+
+def _freeze(value: RandomKernels | LayerRedundancy) -> None:
+    """Give the dataclass its own, read-only copies of its arrays: several layers share one null."""
+    for one in fields(value):
+        array = getattr(value, one.name)
+        if isinstance(array, np.ndarray):
+            own = array.copy()
+            own.flags.writeable = False
+            object.__setattr__(value, one.name, own)
 
 
 def _nearest(name: object, known: Iterable[str]) -> str:

@@ -3,6 +3,8 @@
 import json
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import pyprune as pp
 from pyprune import files
 from pyprune.convolutions import Kernels, read_networks
 from pyprune.redundancy import _pair, wilson
-from pyprune.redundancy_plots import plot_ckrm, redundancy_page
+from pyprune.redundancy_plots import depth_figure, omega_figure, plot_ckrm, redundancy_page
 from pyprune.types import EPSILONS, LayerRedundancy
 from tolerances import HAND_ROUNDED, NULL_MEAN, SCORE_INTERVAL
 
@@ -56,6 +58,19 @@ class SmallNet(nn.Module):
         self.audio = nn.Conv1d(4, 4, 3)
         self.volume = nn.ConvTranspose3d(4, 4, 3)
         self.head = nn.Linear(4, 2)
+
+
+class Foreign:
+    """An array that is known by DLPack alone."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.shape, self.dtype = array, array.shape, array.dtype
+
+    def __dlpack__(self, **how: object) -> object:
+        return self.array.__dlpack__(**how)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.array.__dlpack_device__()
 
 
 @pytest.fixture
@@ -124,7 +139,7 @@ def test_order_and_scale_do_not_matter(seed: int, exponent: int) -> None:
 def test_any_floating_type_and_library_goes_in() -> None:
     weights = normal(5, 2, 3, 3).astype(np.float32)
     expected = only(weights).counts.tolist()
-    for given_ in (torch.from_numpy(weights), weights.astype(np.float64), np.asfortranarray(weights)):
+    for given_ in (torch.from_numpy(weights), weights.astype(np.float64), np.asfortranarray(weights), Foreign(weights)):
         assert only(given_).counts.tolist() == expected
     assert only(torch.from_numpy(weights).to(torch.bfloat16)).pairs == 10
 
@@ -330,6 +345,46 @@ def test_damaged_results_are_refused(tmp_path: Path, change: object, message: st
         pp.CKRM.load(tmp_path / "r")
 
 
+def test_nulls_and_results_cannot_be_changed() -> None:
+    weights = normal(5, 2, 3, 3)
+    layer = only(weights, null=True)
+    assert layer.random is not None
+    for array in (layer.counts, layer.histogram, layer.twins, layer.random.histogram):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 7
+    again = only(weights, null=True).random
+    assert again is layer.random  # one null for all layers of a shape
+
+
+def test_every_layer_moves_the_bar(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, seen = [], []
+
+    @contextmanager
+    def bar(description: str, total: float, show: bool) -> Iterator[Callable[..., None]]:
+        asked.append((description, total, show))
+        yield lambda n=1, note="": seen.append(note)
+
+    monkeypatch.setattr("pyprune.progress.bar", bar)
+    pp.ckrm([net, net], null=False, layers=(name for name in ("first", "up")))
+    pp.ckrm(net, null=False, layers="up", progress=False)
+    assert asked == [("ckrm", 4, True), ("ckrm", 1, False)]
+    assert seen == ["first", "up", "first", "up", "up"]
+
+
+def test_wrapped_modules_have_their_own_names(net: nn.Module) -> None:
+    assert list(pp.ckrm(nn.DataParallel(net), null=False).layers()) == list(pp.ckrm(net, null=False).layers())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    weights = normal(40, 16, 3, 3)
+    layer, there = only(weights), only(torch.from_numpy(weights).cuda())
+    assert there.counts.tolist() == layer.counts.tolist()
+    assert there.histogram.tolist() == layer.histogram.tolist()
+    assert there.variant != layer.variant
+    assert only(torch.from_numpy(weights).cuda(), pairs=100).pairs == 100
+
+
 def test_no_bar_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     pp.ckrm(normal(3, 1, 3, 3))
     assert capsys.readouterr() == ("", "")
@@ -390,6 +445,13 @@ def test_the_page_is_self_contained(net: nn.Module, tmp_path: Path) -> None:
     assert "20 of 28" in page
     redundancy_page(result, tmp_path / "more.html", net)
     assert (tmp_path / "more.html").read_text().count("<img") == 3
+
+
+def test_a_figure_shows_a_bounded_number_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyprune.redundancy_plots.SHOWN_LAYERS", 4)
+    result = pp.ckrm({f"c{i}": BY_HAND for i in range(5)}, null=False)
+    assert sum(bool(axes.get_title()) for axes in omega_figure(result).axes) == 4
+    assert len(depth_figure(result).axes[0].lines[0].get_xdata()) == 4
 
 
 def test_figures_want_the_weights_that_were_measured(net: nn.Module, tmp_path: Path) -> None:
