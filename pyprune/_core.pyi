@@ -1,3 +1,6 @@
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -5,3 +8,22 @@ def rank_variants() -> dict[str, str]: ...
 def rank(
     maps: npt.NDArray[np.floating] | npt.NDArray[np.uint16], rtol: float, variant: str, threads: int, dtype: str = ""
 ) -> npt.NDArray[np.int32]: ...
+def cuda_built() -> tuple[bool, str]: ...
+def cuda_device_reason(device: int) -> str: ...
+def rank_cuda_layouts(device: int = -1) -> dict[str, int]: ...
+def rank_cuda(
+    batches: Sequence[tuple[int, str, tuple[int, int, int, int], tuple[int, int, int, int], int, int, int]],
+    *,
+    rtol: float | None = None,
+    layout: str = "",
+    labels: int = 0,
+    label_bits: int = 64,
+    classes: int = 0,
+    not_finite: int = 0,
+    stream: int = 0,
+    device: int = 0,
+) -> list[str]: ...
+def rank_twin(
+    maps: npt.NDArray[Any], rtol: float, layout: str, backwards: bool = False
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]: ...
+def rank_twin_reduce(values: npt.NDArray[np.float64]) -> tuple[float, float]: ...
