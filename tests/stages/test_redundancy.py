@@ -1,6 +1,7 @@
 """CKRM: lambda per layer against hand-worked cases, properties of the measure, sampling, files, figures, bad input."""
 
 import json
+import os
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
@@ -104,7 +105,7 @@ def test_duplicated_filters_are_what_lambda_counts() -> None:
     kernels = normal(3, 4, 3, 3)
     layer = only(np.concatenate([kernels, -kernels]), thresholds=(0.99,))
     assert (layer.lambdas == 3 / 15).all()  # at every constant: a filter and its negative are alike
-    assert {(i, j) for i, j, psi in layer.top if psi == 1} == {(0, 3), (1, 4), (2, 5)}
+    assert {(i, j) for i, j, psi in layer.top if psi > 0.999_999} == {(0, 3), (1, 4), (2, 5)}
     assert layer.twins.tolist() == [3, 4, 5, 0, 1, 2]
 
 
@@ -554,3 +555,17 @@ def test_nothing_is_ever_unpickled(tmp_path: Path) -> None:
 def test_the_variant_is_handed_on_and_named() -> None:
     assert only(normal(3, 1, 3, 3), variant="reference").variant == "reference"
     assert Kernels(normal(3, 1, 3, 3)).shape == (3, 1, 3, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("PYPRUNE_DATA" not in os.environ, reason="needs a pretrained ResNet-56 under PYPRUNE_DATA")
+def test_what_the_documentation_says_of_a_real_network() -> None:
+    result = pp.ckrm(Path(os.environ["PYPRUNE_DATA"]) / "cifar10_resnet56-4bfd9763.safetensors")
+    layers = result.layers().values()
+    assert (len(layers), sum(layer.pairs for layer in layers)) == (55, 47_496)
+    for eps, redundant, pairs in ((1e-12, 2, 4), (1e-2, 20, 65), (1e-1, 36, 1747)):
+        assert sum(value > 0 for value in result.lambdas(eps=eps).values()) == redundant
+        assert sum(layer.counts[result.row(eps), 0] for layer in layers) == pairs
+    assert sum(layer.faint for layer in layers) == 60
+    assert sum(layer.faint * (layer.faint - 1) // 2 for layer in layers) == 53
+    assert all(layer.above_random_share > 0.05 for layer in layers)
