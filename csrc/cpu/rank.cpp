@@ -8,7 +8,6 @@
 #include <memory>
 #include <mutex>
 #include <new>
-#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -78,8 +77,41 @@ struct Batch {
   }
 };
 
-// Ranks of the maps with these indices; returns how many stay undecided and moves their indices to the front.
-std::size_t run_blocks(const Batch& batch, std::ptrdiff_t* index, std::size_t count, bool refine, void* workspace) {
+// Ranks of `count` maps from `first` on; returns how many stay undecided and lists them in index.
+std::size_t sweep(const Batch& batch, std::ptrdiff_t first, std::size_t count, void* workspace, std::ptrdiff_t* index) {
+  const std::size_t lanes = static_cast<std::size_t>(batch.variant.lanes);
+  const std::ptrdiff_t step = batch.maps.stride_c * bytes_of(batch.maps.element);
+  std::ptrdiff_t channel = first % batch.maps.C;  // divisions for every map would take longer than the smallest maps
+  const char* map = static_cast<const char*>(batch.map(first));
+  const void* maps[kMaxLanes];
+  std::int32_t padded[kMaxLanes];
+  std::size_t undecided = 0;
+  for (std::size_t start = 0; start < count; start += lanes) {
+    const std::size_t used = std::min(lanes, count - start);
+    const std::ptrdiff_t block = first + static_cast<std::ptrdiff_t>(start);
+    for (std::size_t l = 0; l < used; ++l) {
+      maps[l] = map;
+      map += step;
+      if (++channel == batch.maps.C) {
+        channel = 0;
+        map = static_cast<const char*>(batch.map(block + static_cast<std::ptrdiff_t>(l) + 1));
+      }
+    }
+    std::fill(maps + used, maps + lanes, maps[used - 1]);
+    std::int32_t* ranks = used == lanes ? batch.ranks + block : padded;
+    const bool open =
+        batch.variant.run(maps, batch.maps.shape, batch.maps.element, batch.rtol, false, workspace, ranks);
+    if (used < lanes) std::copy(padded, padded + used, batch.ranks + block);
+    if (!open) continue;
+    for (std::size_t l = 0; l < used; ++l) {
+      if (ranks[l] == kRankUndecided) index[undecided++] = block + static_cast<std::ptrdiff_t>(l);
+    }
+  }
+  return undecided;
+}
+
+// The same with power steps for the maps in index, and moves those that stay undecided to its front.
+std::size_t refine(const Batch& batch, std::ptrdiff_t* index, std::size_t count, void* workspace) {
   const std::size_t lanes = static_cast<std::size_t>(batch.variant.lanes);
   const void* maps[kMaxLanes];
   std::int32_t ranks[kMaxLanes];
@@ -87,7 +119,7 @@ std::size_t run_blocks(const Batch& batch, std::ptrdiff_t* index, std::size_t co
   for (std::size_t start = 0; start < count; start += lanes) {
     const std::size_t used = std::min(lanes, count - start);
     for (std::size_t l = 0; l < lanes; ++l) maps[l] = batch.map(index[start + std::min(l, used - 1)]);
-    batch.variant.run(maps, batch.maps.shape, batch.maps.element, batch.rtol, refine, workspace, ranks);
+    batch.variant.run(maps, batch.maps.shape, batch.maps.element, batch.rtol, true, workspace, ranks);
     for (std::size_t l = 0; l < used; ++l) {
       const std::ptrdiff_t i = index[start + l];
       batch.ranks[i] = ranks[l];
@@ -102,10 +134,9 @@ void run_item(Batch& batch, std::ptrdiff_t item) {
   std::unique_ptr<Scratch> scratch = batch.scratches.take(batch.bytes, batch.per_item);
   void* memory = scratch->memory.get();
   std::ptrdiff_t* index = scratch->index.data();
-  std::size_t left = static_cast<std::size_t>(std::min(batch.per_item, batch.count - first));
-  std::iota(index, index + left, first);
-  left = run_blocks(batch, index, left, false, memory);
-  left = run_blocks(batch, index, left, true, memory);
+  const std::size_t count = static_cast<std::size_t>(std::min(batch.per_item, batch.count - first));
+  std::size_t left = sweep(batch, first, count, memory, index);
+  left = refine(batch, index, left, memory);
   for (std::size_t i = 0; i < left; ++i) {
     batch.ranks[index[i]] = rank_tridiagonal(batch.map(index[i]), batch.maps.shape, batch.maps.element, batch.rtol,
                                              static_cast<double*>(memory));

@@ -40,6 +40,9 @@ typedef std::int64_t Mask __attribute__((vector_size(8 * kLanes)));
 inline Vec broadcast(double value) {
   return Vec{} + value;
 }
+inline Mask constant(std::int64_t value) {
+  return Mask{} + value;
+}
 inline Vec larger(Vec a, Vec b) {
   return a > b ? a : b;
 }
@@ -184,6 +187,24 @@ inline void transpose(Lanes<T> (&v)[kLanes]) {
   }
 }
 
+// Maps of four elements that follow each other in memory: a perfect shuffle of all 4 kLanes elements turns the bits of
+// their places [lane][element] by one, so log2(kLanes) of them give [element][lane].
+template <class T>
+inline void pack_quads(const T* first, Vec* tile) {
+  Lanes<T> v[4];
+  PYPRUNE_UNROLL
+  for (int i = 0; i < 4; ++i) v[i] = load(first + i * kLanes);
+  PYPRUNE_UNROLL
+  for (int round = 1; round < kLanes; round *= 2) {
+    const Lanes<T> w[4] = {interleave<0, T>(v[0], v[2]), interleave<1, T>(v[0], v[2]), interleave<0, T>(v[1], v[3]),
+                           interleave<1, T>(v[1], v[3])};
+    PYPRUNE_UNROLL
+    for (int i = 0; i < 4; ++i) v[i] = w[i];
+  }
+  PYPRUNE_UNROLL
+  for (int i = 0; i < 4; ++i) tile[i] = widen(v[i]);
+}
+
 template <class T>
 void pack_run(const T* const* maps, Index offset, Index count, Vec* tile) {
   Index k = 0;
@@ -201,9 +222,15 @@ void pack_run(const T* const* maps, Index offset, Index count, Vec* tile) {
 template <class T>
 void pack(const T* const* maps, const MapShape& s, Vec* tile) {
   bool adjacent = true;  // channels last: the lanes lie side by side already
+  bool quads = s.H * s.W == 4 && (s.W == 1 || s.stride_w == 1) && (s.H == 1 || s.stride_h == s.W);
   PYPRUNE_UNROLL
-  for (int l = 1; l < kLanes; ++l) adjacent &= maps[l] == maps[0] + l;
-  if (adjacent) {
+  for (int l = 1; l < kLanes; ++l) {
+    adjacent &= maps[l] == maps[0] + l;
+    quads &= maps[l] == maps[0] + 4 * l;
+  }
+  if (quads) {
+    pack_quads(maps[0], tile);
+  } else if (adjacent) {
     for (Index h = 0; h < s.H; ++h) {
       for (Index w = 0; w < s.W; ++w) tile[h * s.W + w] = widen(load(maps[0] + h * s.stride_h + w * s.stride_w));
     }
@@ -556,8 +583,31 @@ Norms load_gram(const T* const* maps, const MapShape& s, const Memory& memory) {
   return norms;
 }
 
+// 2 x 2 has a closed form. s_1 s_2 = |det| and s_1^2 + s_2^2 = T; s_2 > rtol s_1 says |det| > rtol s_1^2, and with
+// s_1^2 + det^2 / s_1^2 = T that is |det| (1 + rtol^2) > rtol T: neither roots nor quotients.
 template <class T>
-void run(const T* const* maps, const MapShape& s, double rtol, bool refine, void* workspace, std::int32_t* ranks) {
+bool run_2x2(const T* const* maps, const MapShape& s, double rtol, std::int32_t* ranks) {
+  Vec a[4];
+  pack(maps, s, a);
+  if (sizeof(T) == 8) {
+    const Vec factor = scale_of(maps, s);
+    PYPRUNE_UNROLL
+    for (int i = 0; i < 4; ++i) a[i] *= factor;
+  }
+  const Vec trace = (a[0] * a[0] + a[1] * a[1]) + (a[2] * a[2] + a[3] * a[3]);
+  const Vec det = a[0] * a[3] - a[1] * a[2];
+  const Mask full = larger(det, -det) * (1 + rtol * rtol) > rtol * trace;
+  const Mask rank = trace == 0 ? Mask{} : 1 - full;  // a true lane is -1
+  const Mask found = trace < __builtin_inf() ? rank : constant(kRankNotFinite);
+  PYPRUNE_UNROLL
+  for (int l = 0; l < kLanes; ++l) ranks[l] = static_cast<std::int32_t>(found[l]);
+  return false;
+}
+
+// Returns whether a rank stays undecided.
+template <class T>
+bool run(const T* const* maps, const MapShape& s, double rtol, bool refine, void* workspace, std::int32_t* ranks) {
+  if (s.H == 2 && s.W == 2) return run_2x2(maps, s, rtol, ranks);
   const Index m = short_side(s), n = long_side(s);
   const Memory memory(workspace, m);
   const Norms norms = load_gram(maps, s, memory);
@@ -578,17 +628,16 @@ void run(const T* const* maps, const MapShape& s, double rtol, bool refine, void
     const Count below = count_above(factor);
     decided |= (above.positive == below.positive) & (above.growth <= norms.trace) & (below.growth <= norms.trace);
   }
-  const Mask finite = norms.trace < __builtin_inf();
+  // rtol < 1: sigma_max itself always counts, however wide the bracket is.
+  const Mask count = __builtin_convertvector(larger(above.positive, broadcast(1)), Mask);
+  Mask found = norms.trace == 0 ? Mask{} : decided ? count : constant(kRankUndecided);
+  found = norms.trace < __builtin_inf() ? found : constant(kRankNotFinite);
   PYPRUNE_UNROLL
-  for (int l = 0; l < kLanes; ++l) {
-    // rtol < 1: sigma_max itself always counts, however wide the bracket is
-    const std::int32_t positive = static_cast<std::int32_t>(above.positive[l]);
-    const std::int32_t rank = norms.trace[l] == 0 ? 0 : positive == 0 ? 1 : positive;
-    ranks[l] = !finite[l] ? kRankNotFinite : decided[l] ? rank : kRankUndecided;
-  }
+  for (int l = 0; l < kLanes; ++l) ranks[l] = static_cast<std::int32_t>(found[l]);
+  return any(found == constant(kRankUndecided));
 }
 
-void run_block(const void* const* maps, const MapShape& s, Element element, double rtol, bool refine, void* workspace,
+bool run_block(const void* const* maps, const MapShape& s, Element element, double rtol, bool refine, void* workspace,
                std::int32_t* ranks) {
   switch (element) {
     case Element::float32:
@@ -600,6 +649,7 @@ void run_block(const void* const* maps, const MapShape& s, Element element, doub
     case Element::bfloat16:
       return run(reinterpret_cast<const BFloat16* const*>(maps), s, rtol, refine, workspace, ranks);
   }
+  return false;
 }
 
 }  // namespace
