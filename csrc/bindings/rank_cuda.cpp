@@ -47,9 +47,11 @@ void check_side(int layout, int largest, std::int64_t side) {
   }
 }
 
+#ifdef PYPRUNE_HAS_CUDA
 double default_rtol(std::int64_t H, std::int64_t W) {
   return static_cast<double>(std::max(H, W)) * static_cast<double>(FLT_EPSILON);
 }
+#endif
 
 std::pair<bool, std::string> cuda_built() {
 #ifdef PYPRUNE_HAS_CUDA
@@ -128,9 +130,6 @@ std::vector<std::string> launch_rank(const std::vector<Item>& items, std::option
 
 constexpr const char* kNotBuilt = "this build has no CUDA kernels: none were asked for, or no nvcc was found";
 
-std::string rank_cuda_reason(int) {
-  return kNotBuilt;
-}
 py::dict rank_cuda_layouts(int) {
   return {};
 }
@@ -138,6 +137,14 @@ std::vector<std::string> launch_rank(const std::vector<Item>&, std::optional<dou
                                      std::uintptr_t, int, std::int64_t, std::uintptr_t, std::uintptr_t, int) {
   throw std::runtime_error(std::string("rank: ") + kNotBuilt);
 }
+
+}  // namespace
+
+std::string rank_cuda_reason(int) {
+  return kNotBuilt;
+}
+
+namespace {
 
 #endif
 
