@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from pyprune.machine import this_machine
+from pyprune.measure import as_device
 from pyprune.ops import rank as rank_op
 from pyprune.ops._reference import EPS32
 from pyprune.progress import bar
@@ -133,9 +134,9 @@ def bench(
         If an operation, a variant or the device is unknown here, or a number is below 1.
     """
     _check(ops, sides, rounds)
-    where = torch.device(device)
-    if where.type not in _SECONDS or (where.type == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"bench: device must be cpu, or cuda where torch finds a GPU; got {device!r}.")
+    where = as_device(device)
+    if where.type not in _SECONDS:
+        raise ValueError(f"bench: device must be cpu or cuda; got {device!r}.")
     floor = measure_floor(where, rounds)
     cases: dict[str, Callable[[], list[Row]]] = {}
     if "rank" in ops:
@@ -284,9 +285,7 @@ def _rank_variants(maps: torch.Tensor, wanted: Sequence[str] | None) -> list[str
     if maps.device.type == "cpu":
         return list(here.cpu_variants)
     chosen = rank_op.choose_rank(maps.shape, "float32", maps.device.type, here)
-    return list(
-        dict.fromkeys([chosen, *(["triton"] if getattr(here, "triton", False) and min(maps.shape[-2:]) <= 64 else [])])
-    )
+    return list(dict.fromkeys([chosen, *(["triton"] if here.triton and min(maps.shape[-2:]) <= 64 else [])]))
 
 
 def _cupy_rival(maps: torch.Tensor) -> dict[str, Rival]:

@@ -320,6 +320,71 @@ def prune(
 
 
 @app.command()
+def ckrm(
+    weights: Annotated[
+        list[Path], typer.Argument(help="Weights of one network or of several: safetensors files or slim folders.")
+    ],
+    arch: Arch = None,
+    model: Model = None,
+    num_classes: Annotated[int, typer.Option(help="Classes that --arch is built for.", min=1)] = 10,
+    threshold: Annotated[list[float] | None, typer.Option(help="Pairs with Psi above count; repeatable.")] = None,
+    pairs: Annotated[
+        int | None, typer.Option(help="Compare so many pairs of each layer instead of all.", min=1)
+    ] = None,
+    eps: Annotated[float, typer.Option(help="Constant of SSIM, as a share of a layer's mean square weight.")] = 1e-2,
+    eps_absolute: Annotated[float | None, typer.Option(help="The plain constant instead.")] = None,
+    layer: Annotated[list[str] | None, typer.Option(help="Measure this layer only; repeatable.")] = None,
+    include_1x1: Annotated[bool, typer.Option("--include-1x1", help="Measure 1x1 kernels as well.")] = False,
+    top: Annotated[int, typer.Option(help="Most similar pairs to name in each layer.", min=0)] = 10,
+    null: Annotated[bool, typer.Option(help="Compare every layer with random kernels of its shape.")] = True,
+    out: Annotated[Path | None, typer.Option(help="File for the result, as JSON.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for the figures and a page that holds them.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of sampled pairs and random kernels.", min=0)] = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure how many pairs of filters in each convolution are alike, from weights alone."""
+    from pyprune import files, redundancy, redundancy_plots
+
+    if out is not None:
+        _check_out(out)
+    if plots is not None:
+        files.make_folder("--plots", plots)
+    networks = _networks(weights, arch, model, num_classes)
+    found = redundancy.ckrm(
+        networks, thresholds=tuple(threshold or (0.6,)), pairs=pairs, eps=eps, eps_absolute=eps_absolute,
+        layers=layer, include_1x1=include_1x1, top=top, null=null, seed=seed,
+    )  # fmt: skip
+    written = [] if out is None else [out]
+    if out is not None:
+        found.save(out)
+    if plots is not None:
+        drawn = redundancy_plots.plot_ckrm(found, plots, networks)
+        redundancy_plots.redundancy_page(found, plots / "ckrm.html", networks)
+        written += [*map(Path, drawn.values()), plots / "ckrm.html"]
+    if as_json:
+        _print_json({**found.to_json(), "written": [str(path) for path in written]})
+    else:
+        typer.echo("\n".join([str(found), *(f"written: {path}" for path in written)]))
+
+
+def _networks(weights: list[Path], arch: str | None, model: str | None, num_classes: int) -> dict[str, Any]:
+    """Return each network by a short name that is its own: built and loaded where an architecture is given."""
+    from pyprune.checkpoints import load_checkpoint
+
+    stems = [path.stem for path in weights]
+    networks: dict[str, Any] = {}
+    for path, stem in zip(weights, stems, strict=True):
+        network: Any = path
+        if arch is not None or model is not None:
+            network = _build(arch, model, num_classes)
+            load_checkpoint(network, path)
+        networks[stem if stems.count(stem) == 1 else str(path)] = network
+    if len(networks) < len(weights):
+        raise ValueError("ckrm: the same weights are named twice. Name each file once.")
+    return networks
+
+
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="A checkpoint that torch.save wrote.")],
     target: Annotated[Path, typer.Argument(help="The safetensors file to write.")],

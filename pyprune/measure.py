@@ -28,6 +28,25 @@ Counted = graph.Convolution | Transposed | nn.Linear
 Device = str | torch.device | None
 
 
+def as_device(device: str | torch.device) -> torch.device:
+    """Return ``device`` as torch's.
+
+    Raises
+    ------
+    ValueError
+        If torch does not know it, or does not find it on this machine.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # a build of torch without CUDA asserts
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"device: torch cannot use {str(device)!r} here ({reason}). Use 'cpu', or see `pyprune doctor`."
+        ) from None
+    return found
+
+
 @contextmanager
 def running(model: nn.Module, device: Device = None, *, train: bool = False) -> Iterator[torch.device]:
     """Put ``model`` into eval (or training) mode on ``device`` and yield that; flags and place are put back.
@@ -36,7 +55,7 @@ def running(model: nn.Module, device: Device = None, *, train: bool = False) -> 
     """
     flags = {module: module.training for module in model.modules()}
     home = model_device(model)
-    target = home if device is None else torch.device(device)
+    target = home if device is None else as_device(device)
     keep_freed_memory()
     try:
         if target != home:

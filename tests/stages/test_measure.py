@@ -279,3 +279,10 @@ def test_loss_and_top1_agree_with_evaluate():
     assert top1 == full.top1
     assert loss == pytest.approx(full.loss, abs=LOSS_FLOAT64)
     assert np.isfinite(loss)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "xpu"])
+def test_a_device_that_is_not_there_is_refused_by_name(device):
+    with pytest.raises(ValueError, match=f"device: torch cannot use '{device}' here .* Use 'cpu'"):
+        measure.as_device(device)
+    assert measure.as_device("cpu") == torch.device("cpu")
