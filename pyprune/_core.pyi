@@ -27,3 +27,32 @@ def rank_twin(
     maps: npt.NDArray[Any], rtol: float, layout: str, backwards: bool = False
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]: ...
 def rank_twin_reduce(values: npt.NDArray[np.float64]) -> tuple[float, float]: ...
+def ssim_matrix(
+    weights: npt.NDArray[np.floating] | npt.NDArray[np.uint16],
+    constants: tuple[float, float, float, float, float | None],
+    variant: str,
+    threads: int,
+    dtype: str = "",
+) -> npt.NDArray[np.floating]: ...
+def ssim_statistics(
+    weights: npt.NDArray[np.floating] | npt.NDArray[np.uint16],
+    constants: tuple[float, float, float, float, float | None],
+    thresholds: list[float],
+    bins: int,
+    top: int,
+    nearest: bool,
+    pairs: npt.NDArray[np.int64] | None,
+    variant: str,
+    threads: int,
+    dtype: str = "",
+) -> tuple[
+    int,
+    float,
+    npt.NDArray[np.int64],
+    npt.NDArray[np.int64],
+    npt.NDArray[np.int64],
+    npt.NDArray[np.int64],
+    npt.NDArray[np.float64],
+    npt.NDArray[np.int64],
+    npt.NDArray[np.float64],
+]: ...

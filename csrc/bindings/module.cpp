@@ -4,4 +4,5 @@ PYBIND11_MODULE(_core, module) {
   module.doc() = "Native kernels of pyprune.";
   pyprune::register_rank(module);
   pyprune::register_rank_cuda(module);
+  pyprune::register_ssim(module);
 }

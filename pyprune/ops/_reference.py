@@ -26,8 +26,8 @@ def ssim_scaled(
 ) -> tuple[npt.NDArray[np.float64], float]:
     """Return a layer divided by a power of two, so that its largest weight is in [0.5, 1), and e on that scale.
 
-    ``e`` is ``eps`` times the mean square weight, or ``eps_absolute``. It is kept within 2^-1000 and 2^200: beyond
-    these psi no longer depends on it in float64. A layer of zeros gets e = 1, since all of its slices are alike.
+    ``e`` is ``eps`` times the mean square weight, or ``eps_absolute``. It is kept within 2^-600 and 2^200: beyond
+    these psi hardly depends on it in float64. A layer of zeros gets e = 1, since all of its slices are alike.
     """
     weights = np.asarray(w, np.float64)
     largest = float(np.abs(weights).max(initial=0))
@@ -40,7 +40,7 @@ def ssim_scaled(
     else:
         with np.errstate(over="ignore", under="ignore"):
             e = float(np.ldexp(eps_absolute, -2 * exponent))
-    return scaled, min(max(e, 2.0**-1000), 2.0**200)
+    return scaled, min(max(e, 2.0**-600), 2.0**200)
 
 
 def ssim_slices(

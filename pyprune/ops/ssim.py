@@ -101,13 +101,15 @@ class SsimStatistics:
 
 
 def choose_ssim(shape: Sequence[int], dtype: str, device: str, machine: Machine) -> str:  # shape: [F2, F1, K1, K2]
-    """Return the variant for such weights: 'reference' or 'torch_chunked'."""
-    return "reference" if device == "cpu" else "torch_chunked"
+    """Return the variant for such weights: 'cpu_avx512', 'cpu_avx2', 'cpu_baseline', 'reference' or 'torch_chunked'."""
+    if device != "cpu":
+        return "torch_chunked"
+    return machine.cpu_variants[-1] if machine.cpu_variants else "reference"
 
 
 def ssim_variants(machine: Machine) -> tuple[str, ...]:
     """Return the names that ``variant=`` takes on such a machine."""
-    return ("reference", "torch_chunked")
+    return (*machine.cpu_variants, "reference", "torch_chunked")
 
 
 def kernel_ssim(
@@ -230,11 +232,7 @@ def kernel_ssim_statistics(
 def _run(w: Any, constants: Constants, variant: str = "auto") -> tuple[Any, str]:
     """Return Psi and the variant that computed it."""
     weights, name = _prepare(w, variant)
-    if name == "torch_chunked":
-        return _like(w, _torch_matrix(weights, constants)), name
-    array = _as_array(weights)
-    psi = _reference.kernel_ssim(array, *_values(constants)).astype(_result(array.dtype))
-    return _like(w, psi), name
+    return _like(w, _matrix(weights, constants, name)), name
 
 
 def _prepare(w: Any, variant: str) -> tuple[Any, str]:
@@ -253,6 +251,8 @@ def _prepare(w: Any, variant: str) -> tuple[Any, str]:
     if 0 in shape:
         raise ValueError(f"kernel_ssim: weights [F2, F1, K1, K2] must not be empty; got {list(shape)}.")
     name = _resolve(variant, shape, dtype, device)
+    if name in machine.this_machine().cpu_variants:
+        return weights, name  # the kernel looks for NaN itself
     finite = np.isfinite(weights) if isinstance(weights, np.ndarray) else weights.isfinite()
     bad = math.prod(shape) - int(finite.sum())
     if bad:
@@ -290,15 +290,39 @@ def _values(constants: Constants) -> tuple[float, float, float, float, float | N
     return constants.alpha, constants.beta, constants.gamma, constants.eps, constants.eps_absolute
 
 
-def _as_array(weights: Any) -> npt.NDArray[Any]:
-    """Return weights in host memory as float32 or float64."""
+def _matrix(weights: Any, constants: Constants, name: str) -> Any:
+    """Return Psi [F2, F2], a tensor or an array."""
+    if name == "torch_chunked":
+        return _torch_matrix(weights, constants)
+    array, dtype = _in_memory(weights)
+    if name != "reference":
+        from pyprune import _core
+
+        return _core.ssim_matrix(array, _values(constants), name, machine.threads(), dtype)
+    array = _widened(array, dtype)
+    return _reference.kernel_ssim(array, *_values(constants)).astype(_result(array.dtype))
+
+
+def _in_memory(weights: Any) -> tuple[npt.NDArray[Any], str]:
+    """Return weights as an array that C++ can read, bfloat16 as its bits, and their format."""
     if not isinstance(weights, np.ndarray):
         import torch
 
-        weights = weights.float() if weights.dtype in (torch.float16, torch.bfloat16) else weights
-        weights = weights.resolve_neg().numpy()
-    array: npt.NDArray[Any] = weights
-    return array.astype(np.float32) if array.dtype == np.float16 else array
+        weights = weights.resolve_neg()
+        if weights.dtype == torch.bfloat16:
+            return weights.view(torch.int16).numpy().view(np.uint16), "bfloat16"
+        weights = weights.numpy()
+    item = weights.dtype.itemsize
+    if not (weights.dtype.isnative and weights.flags.aligned and all(step % item == 0 for step in weights.strides)):
+        weights = np.array(weights, weights.dtype.newbyteorder("="), order="C")
+    return weights, weights.dtype.name
+
+
+def _widened(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    """Return weights as float32 or float64."""
+    if dtype == "bfloat16":
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32) if dtype == "float16" else array
 
 
 def _result(dtype: npt.DTypeLike) -> type[np.float32] | type[np.float64]:
@@ -347,13 +371,33 @@ def _checked_pairs(pairs: Any, filters: int) -> npt.NDArray[np.int64]:
 
 
 def _statistics(weights: Any, constants: Constants, wanted: _Wanted, name: str) -> SsimStatistics:
-    filters = weights.shape[0]
-    if name == "torch_chunked":
-        psi = _torch_matrix(weights, constants).cpu().numpy()
-    else:
-        array = _as_array(weights)
-        psi = _reference.kernel_ssim(array, *_values(constants)).astype(_result(array.dtype))
-    i, j = np.triu_indices(filters, 1) if wanted.pairs is None else (wanted.pairs[:, 0], wanted.pairs[:, 1])
+    if name not in machine.this_machine().cpu_variants:
+        psi = _matrix(weights, constants, name)
+        return _statistics_of(psi if isinstance(psi, np.ndarray) else psi.cpu().numpy(), wanted, name)
+    from pyprune import _core
+
+    array, dtype = _in_memory(weights)
+    pairs, mean, counts, histogram, top_i, top_j, top_psi, index, index_psi = _core.ssim_statistics(
+        array,
+        _values(constants),
+        wanted.thresholds.tolist(),
+        wanted.bins,
+        wanted.top,
+        wanted.nearest,
+        wanted.pairs,
+        name,
+        machine.threads(),
+        dtype,
+    )
+    kind = _result(array.dtype)
+    index_psi[index < 0] = math.nan
+    nearest = Nearest(index, index_psi.astype(kind)) if wanted.nearest else None
+    top = MostSimilar(top_i, top_j, top_psi.astype(kind))
+    return SsimStatistics(pairs, mean, counts, histogram, top, nearest, name)
+
+
+def _statistics_of(psi: npt.NDArray[Any], wanted: _Wanted, name: str) -> SsimStatistics:
+    i, j = np.triu_indices(len(psi), 1) if wanted.pairs is None else (wanted.pairs[:, 0], wanted.pairs[:, 1])
     values = psi[i, j]
     exact = values.astype(np.float64)
     counts = np.array([(exact > t).sum() for t in wanted.thresholds], np.int64)
@@ -365,7 +409,7 @@ def _statistics(weights: Any, constants: Constants, wanted: _Wanted, name: str) 
         counts=counts,
         histogram=np.bincount(bin_of, minlength=wanted.bins).astype(np.int64),
         top=MostSimilar(i[order].astype(np.int64), j[order].astype(np.int64), values[order]),
-        nearest=_nearest(filters, i, j, values) if wanted.nearest else None,
+        nearest=_nearest(len(psi), i, j, values) if wanted.nearest else None,
         variant=name,
     )
 
@@ -421,7 +465,7 @@ def _torch_scaled(w: torch.Tensor, constants: Constants) -> tuple[torch.Tensor, 
     else:
         absolute = torch.tensor(constants.eps_absolute, dtype=torch.float64, device=w.device)
         e = torch.ldexp(torch.ldexp(absolute, -exponent), -exponent)
-    return scaled, torch.where((w == 0).all(), torch.ones_like(e), e.clamp(2.0**-1000, 2.0**200))
+    return scaled, torch.where((w == 0).all(), torch.ones_like(e), e.clamp(2.0**-600, 2.0**200))
 
 
 def _like(w: Any, psi: Any) -> Any:

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "pyprune/element.h"
 #include "pyprune/pool.h"
 
 namespace pyprune {
@@ -19,12 +20,6 @@ static inline std::ptrdiff_t short_side(const MapShape& s) {
 }
 static inline std::ptrdiff_t long_side(const MapShape& s) {
   return s.H < s.W ? s.W : s.H;
-}
-
-enum class Element { float32, float64, float16, bfloat16 };
-
-static inline std::ptrdiff_t bytes_of(Element element) {
-  return element == Element::float64 ? 8 : element == Element::float32 ? 4 : 2;
 }
 
 // A batch [N, C] of such maps.
