@@ -61,7 +61,7 @@ def cuda_reason(gpu: int = 0) -> str:
     core = _core()
     if core is None:
         return _NO_EXTENSION
-    built, architectures = core.cuda_built() if hasattr(core, "cuda_built") else (False, "")
+    built, architectures = core.cuda_built()
     if not built:
         return "no CUDA kernels in this build: nvcc was not found, or PYPRUNE_CUDA=OFF"
     why_not: str = core.cuda_device_reason(gpu)

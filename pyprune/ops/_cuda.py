@@ -27,7 +27,8 @@ def rank(
     layout
         One of ``_core.rank_cuda_layouts()``, or "" for the one that suits the maps.
     not_finite
-        int64 [1] on the same device: the number of maps with NaN or infinity, whose rank is -1, is added to it.
+        int64 [1] on the same device or in pinned host memory, which the device reaches by its own address: the number
+        of maps with NaN or infinity, whose rank is -1, is added to it.
 
     Returns
     -------
@@ -120,9 +121,11 @@ def _describe(
 def _where(maps: torch.Tensor, not_finite: torch.Tensor | None) -> dict[str, int]:
     import torch
 
-    if not_finite is not None and (not_finite.dtype != torch.int64 or not_finite.device != maps.device):
+    if not_finite is not None and (
+        not_finite.dtype != torch.int64 or not (not_finite.device == maps.device or not_finite.is_pinned())
+    ):
         raise ValueError(
-            f"rank: not_finite must be int64 on {maps.device}; got {not_finite.dtype} on {not_finite.device}."
+            f"rank: not_finite must be int64 on {maps.device} or pinned; got {not_finite.dtype} on {not_finite.device}."
         )
     return {
         "not_finite": 0 if not_finite is None else not_finite.data_ptr(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -256,8 +255,11 @@ def _compute(maps: Any, rtol: float | None, name: str, dtype: str, counts: bool)
 
         return _compute(torch.from_numpy(np.array(maps)), rtol, name, dtype, counts).numpy()
     counter = _finite.counter(maps.device) if counts else None
-    kernel = importlib.import_module("pyprune.ops._triton.rank" if name == "triton" else "pyprune.ops._cuda")
-    ranks, _ = kernel.rank(_as_four(maps.resolve_neg()), rtol, name, counter)
+    if name == "triton":
+        from pyprune.ops._triton.rank import rank as launch
+    else:
+        from pyprune.ops._cuda import rank as launch
+    ranks, _ = launch(_as_four(maps.resolve_neg()), rtol, name, counter)
     return ranks.reshape(maps.shape[:-2])
 
 

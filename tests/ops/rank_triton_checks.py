@@ -175,7 +175,7 @@ def test_maps_that_are_not_finite(dtype, value):
     assert ranks_of(maps, check=False).tolist() == want
     counter = torch.full((1,), 5, dtype=torch.int64)
     counter = counter.pin_memory() if GPU else counter
-    ranks, _ = kernel.rank(torch.as_tensor(maps, device=DEVICE), None, counter=counter)
+    ranks, _ = kernel.rank(torch.as_tensor(maps, device=DEVICE), not_finite=counter)
     assert ranks.tolist() == want
     assert int(counter) == 7
 

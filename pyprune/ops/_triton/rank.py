@@ -167,11 +167,11 @@ def blocking(side: int) -> tuple[int, int, int]:
 
 
 def rank(
-    maps: torch.Tensor, rtol: float | None, layout: str = "triton", counter: torch.Tensor | None = None
+    maps: torch.Tensor, rtol: float | None = None, layout: str = "triton", not_finite: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, str]:
     """Launch the kernel on the current stream; maps: [N, C, H, W] -> int32 [N, C].
 
-    ``counter`` is an int64 [1] that the device can reach; maps with NaN or infinity (rank -1) are added to it.
+    ``not_finite`` is an int64 [1] that the device can reach; maps with NaN or infinity (rank -1) are added to it.
     """
     N, C, H, W = maps.shape
     ranks = torch.zeros((N, C), dtype=torch.int32, device=maps.device)
@@ -184,7 +184,7 @@ def rank(
     launch: Any = _rank_kernel[(triton.cdiv(N * C, B),)]
     with torch.cuda.device_of(maps):
         launch(
-            maps, ranks, counter, N * C, C, m, n, maps.stride(0), maps.stride(1), short, long, rtol**2, passes,
-            B=B, M=M, COUNTS=counter is not None, num_warps=warps, enable_fp_fusion=True,
+            maps, ranks, not_finite, N * C, C, m, n, maps.stride(0), maps.stride(1), short, long, rtol**2, passes,
+            B=B, M=M, COUNTS=not_finite is not None, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
     return ranks, layout
