@@ -110,7 +110,7 @@ std::size_t sweep(const Batch& batch, std::ptrdiff_t first, std::size_t count, v
   return undecided;
 }
 
-// The same with power steps for the maps in index, and moves those that stay undecided to its front.
+// The same with all effort for the maps in index; moves those that stay undecided to its front.
 std::size_t refine(const Batch& batch, std::ptrdiff_t* index, std::size_t count, void* workspace) {
   const std::size_t lanes = static_cast<std::size_t>(batch.variant.lanes);
   const void* maps[kMaxLanes];

@@ -30,7 +30,8 @@ using Index = std::ptrdiff_t;
 
 constexpr int kLanes = PYPRUNE_LANES;
 constexpr int kBlock = PYPRUNE_BLOCK;
-constexpr int kPowerSteps = 24;
+constexpr int kPowerSteps = 8;
+constexpr int kSqueezeSteps = 24;
 constexpr Index kTileItems = 4096;
 
 typedef double Vec __attribute__((vector_size(8 * kLanes)));
@@ -271,7 +272,7 @@ inline Index triangle(Index i) {
 }  // start of row i in a packed lower triangle
 
 struct Norms {
-  Vec trace, square, top;  // top: largest diagonal entry
+  Vec trace, square, top, rows;  // top: largest diagonal entry; rows: how many are not zero
 };
 
 // A tile seen with its short side first; first: no earlier tile of these maps is in G.
@@ -339,6 +340,7 @@ inline void gram_corner(const Sides& a, Index j, Vec* G, Norms& norms) {
     norms.square += square + square + sum[r][r] * sum[r][r];
     norms.trace += sum[r][r];
     norms.top = larger(norms.top, sum[r][r]);
+    norms.rows += sum[r][r] > 0 ? broadcast(1) : Vec{};
     PYPRUNE_UNROLL
     for (int c = 0; c <= r; ++c) G[triangle(j + r) + j + c] = sum[r][c];
   }
@@ -535,6 +537,28 @@ Bracket refine_bracket(const Vec* G, Index m, const Norms& norms, Bracket bracke
   return bracket;
 }
 
+// What power steps leave open: G - x I has no positive pivot just when x is above lambda. The first x lies so little
+// above lo, which is often sharp, that it closes the bracket at once; then they spread.
+Bracket squeeze_bracket(Factor factor, const Norms& norms, Bracket bracket, double tight) {
+  const double m = static_cast<double>(factor.m), rounding = 3 * (m + 2) * 0x1p-53;
+  Vec width = broadcast(tight);
+  Mask usable = constant(-1);
+  for (int step = 0; step < kSqueezeSteps; ++step) {
+    const Mask open = usable & (bracket.hi > bracket.lo * (1 + tight));
+    if (!any(open)) break;
+    factor.shift = smaller(bracket.lo * (1 + width), bracket.lo + (bracket.hi - bracket.lo) / 2);
+    factor.shift = larger(factor.shift, smaller(bracket.lo * (1 + tight), bracket.hi));
+    const Count count = count_above(factor);
+    // The bound of docs/ops/rank.md: the sign is right for a lambda that is off by a quarter of what is tolerated.
+    usable &= rounding * (norms.trace + m * factor.shift + 2 * count.growth) <= tight / 4 * factor.shift;
+    const Mask below = usable & (count.positive == 0), above = usable & (count.positive > 0);
+    bracket.hi = below ? factor.shift : bracket.hi;
+    bracket.lo = above ? factor.shift : bracket.lo;
+    width = below ? larger((bracket.hi / bracket.lo - 1) / 8, broadcast(tight)) : width * 8;
+  }
+  return bracket;
+}
+
 // The whole kernel.
 
 struct Memory {
@@ -612,22 +636,31 @@ bool run(const T* const* maps, const MapShape& s, double rtol, bool refine, void
   const Memory memory(workspace, m);
   const Norms norms = load_gram(maps, s, memory);
 
-  // A threshold off by half the guaranteed band of 1 / (4 n^2) is as good as the exact one.
-  const double tight = 1 / (4 * static_cast<double>(n * n));
-  Bracket bracket = first_bracket(norms);
-  if (refine) bracket = refine_bracket(memory.G, m, norms, bracket, tight, memory.x, memory.y);
+  // The upper end of the bracket. A count of all rows that are not zero decides: no rank is larger.
   const Vec rtol2 = broadcast(rtol) * rtol;
+  Bracket bracket = first_bracket(norms);
   Factor factor = {memory.G, rtol2 * bracket.hi, m, memory.L, memory.D, memory.U};
-  const Count above = count_above(factor);
-
-  const Vec full = broadcast(static_cast<double>(m));
-  Mask decided = (above.positive == full) | (norms.trace == 0);
-  decided |= (bracket.hi <= bracket.lo * (1 + tight)) & (above.growth <= norms.trace);
+  Count above = count_above(factor);
+  Mask decided = (above.positive >= norms.rows) | (norms.trace == 0);
+  // The lower end: the same count decides.
   if (any(~decided)) {
     factor.shift = rtol2 * bracket.lo;
     const Count below = count_above(factor);
     decided |= (above.positive == below.positive) & (above.growth <= norms.trace) & (below.growth <= norms.trace);
   }
+
+  // A threshold off by a sixteenth of the guaranteed band of 1 / (4 n^2) is as good as the exact one.
+  const double tight = 1 / (32 * static_cast<double>(n * n));
+  if (refine && any(~decided)) {
+    bracket = refine_bracket(memory.G, m, norms, bracket, tight, memory.x, memory.y);
+    bracket.hi = decided ? bracket.lo : bracket.hi;
+    bracket = squeeze_bracket(factor, norms, bracket, tight);
+    factor.shift = rtol2 * bracket.hi;
+    const Count last = count_above(factor);
+    above.positive = decided ? above.positive : last.positive;
+    decided |= (bracket.hi <= bracket.lo * (1 + tight)) & (last.growth <= norms.trace);
+  }
+
   // rtol < 1: sigma_max itself always counts, however wide the bracket is.
   const Mask count = __builtin_convertvector(larger(above.positive, broadcast(1)), Mask);
   Mask found = norms.trace == 0 ? Mask{} : decided ? count : constant(kRankUndecided);

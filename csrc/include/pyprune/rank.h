@@ -44,8 +44,8 @@ struct RankVariant {
   bool (*supported)();
   int lanes;
   std::size_t (*workspace)(const MapShape&);  // bytes, for 64-byte aligned memory
-  // maps[0..lanes): the maps' first elements. refine: narrow the bracket of sigma_max by power steps. Returns whether a
-  // rank stays undecided.
+  // maps[0..lanes): the maps' first elements. refine: narrow the bracket of sigma_max where its ends do not agree.
+  // Returns whether a rank stays undecided.
   bool (*run)(const void* const* maps, const MapShape&, Element, double rtol, bool refine, void* workspace,
               std::int32_t* ranks);
 };
