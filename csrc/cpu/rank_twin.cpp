@@ -15,7 +15,7 @@ Decision by_group(const MapView& map, double rtol, bool backwards) {
   std::vector<Pair> memory(GroupMemory<kWidth>::kDoubles / 2);
   double* const doubles = &memory[0].a;
   const HostTeam team(kWidth, backwards);
-  return rank_by_group<kWidth>(team, map, rtol, doubles, [&](std::int64_t first, int part) {
+  return rank_by_group<kWidth>(team, map, rtol, doubles, [&](int first, int part) {
     team.each([&](int t) { stage_tile<kWidth>(map, first, part, t, doubles); });
   });
 }
@@ -50,8 +50,9 @@ void rank_twin(const RankCudaBatch& batch, bool backwards, std::uint8_t* paths) 
   const std::int64_t bytes = batch.type == 3 ? 8 : batch.type == 2 ? 4 : 2;
   for (std::int64_t i = 0; i < batch.N * batch.C; ++i) {
     const std::int64_t offset = i / batch.C * batch.stride_n + i % batch.C * batch.stride_c;
-    const MapView map = view_map(static_cast<const char*>(batch.data) + offset * bytes,
-                                 static_cast<MapType>(batch.type), batch.H, batch.W, batch.stride_h, batch.stride_w);
+    const MapView map =
+        view_map(static_cast<const char*>(batch.data) + offset * bytes, static_cast<MapType>(batch.type),
+                 static_cast<int>(batch.H), static_cast<int>(batch.W), batch.stride_h, batch.stride_w);
     const Decision decision = by_layout(map, batch.rtol, batch.layout, backwards);
     batch.ranks[i] = decision.rank;
     paths[i] = static_cast<std::uint8_t>(decision.path);

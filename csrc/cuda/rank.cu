@@ -17,15 +17,18 @@
 namespace pyprune {
 namespace {
 
-constexpr int kThreads = 128;           // of a block of groups, or of single threads
-constexpr int kMostTiles4 = 160;        // threads of a block for 64 x 64 in tiles of 4 x 4
-constexpr int kMostTiles8 = 384;        // for 216 x 216 in tiles of 8 x 8: twelve warps can have 168 registers each
-constexpr int kMostTiles = 416;         // for 224 x 224: thirteen warps can have 128, so that some of the tile spills
-constexpr std::size_t kMostTable = 28;  // batches of a launch: its parameters may take 4 KiB on every driver
+constexpr int kThreads = 128;     // of a block of groups, or of single threads
+constexpr int kMostTiles4 = 160;  // threads of a block for 64 x 64 in tiles of 4 x 4
+constexpr int kMostTiles8 = 384;  // for 216 x 216 in tiles of 8 x 8: twelve warps can have 168 registers each
+constexpr int kMostTiles = 416;   // for 224 x 224: thirteen warps can have 128, so that some of the tile spills
+constexpr std::int64_t kMost = 2147483647;  // maps of a batch, blocks of a launch
+constexpr std::size_t kMostTable = 28;      // batches of a launch: its parameters may take 4 KiB on every driver
 
 struct Entry {
   const void* data;
-  std::int64_t count, C, H, W, stride_n, stride_c, stride_h, stride_w;
+  std::uint32_t count, C;
+  std::int32_t H, W;
+  std::int64_t stride_n, stride_c, stride_h, stride_w;
   std::int32_t* ranks;
   unsigned long long* sums;
   std::int64_t sums_stride;
@@ -45,7 +48,7 @@ struct Table {
 static_assert(sizeof(Table) <= 4096, "parameters of a launch");
 
 // Which batch this block works on, and which of its blocks this is.
-__device__ __forceinline__ const Entry& find_batch(const Table& table, std::int64_t& block) {
+__device__ __forceinline__ const Entry& find_batch(const Table& table, std::uint32_t& block) {
   int low = 0, high = table.used;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
@@ -56,26 +59,23 @@ __device__ __forceinline__ const Entry& find_batch(const Table& table, std::int6
 }
 
 struct Place {
-  std::int64_t n, c;
+  std::uint32_t n, c;
 };
 
-__device__ __forceinline__ Place place_of(const Entry& batch, std::int64_t index) {
-  if (((index | batch.C) >> 32) == 0) {  // division of 64 bits costs several times as much
-    const unsigned n = static_cast<unsigned>(index) / static_cast<unsigned>(batch.C);
-    return {n, static_cast<unsigned>(index) - n * static_cast<unsigned>(batch.C)};
-  }
-  return {index / batch.C, index % batch.C};
+__device__ __forceinline__ Place place_of(const Entry& batch, std::uint32_t index) {
+  const std::uint32_t n = index / batch.C;
+  return {n, index - n * batch.C};
 }
 
 __device__ __forceinline__ MapView view_of(const Entry& batch, const Place& place) {
-  const int sizes[] = {2, 2, 4, 8};
-  const std::int64_t offset = place.n * batch.stride_n + place.c * batch.stride_c;
-  const int size = batch.type == MapType::kFloat32 ? sizes[2] : batch.type == MapType::kFloat64 ? sizes[3] : sizes[0];
+  const std::int64_t offset =
+      static_cast<std::int64_t>(place.n) * batch.stride_n + static_cast<std::int64_t>(place.c) * batch.stride_c;
+  const int size = batch.type == MapType::kFloat64 ? 8 : batch.type == MapType::kFloat32 ? 4 : 2;
   return view_map(static_cast<const char*>(batch.data) + offset * size, batch.type, batch.H, batch.W, batch.stride_h,
                   batch.stride_w);
 }
 
-__device__ __forceinline__ void deliver(const Table& table, const Entry& batch, const Place& place, std::int64_t index,
+__device__ __forceinline__ void deliver(const Table& table, const Entry& batch, const Place& place, std::uint32_t index,
                                         std::int32_t rank) {
   if (batch.ranks) batch.ranks[index] = rank;
   if (rank < 0) {
@@ -90,9 +90,9 @@ __device__ __forceinline__ void deliver(const Table& table, const Entry& batch, 
 }
 
 __global__ void __launch_bounds__(kThreads) thread_kernel(const __grid_constant__ Table table) {
-  std::int64_t block;
+  std::uint32_t block;
   const Entry& batch = find_batch(table, block);
-  const std::int64_t index = block * kThreads + threadIdx.x;
+  const std::uint32_t index = block * kThreads + threadIdx.x;
   if (index >= batch.count) return;
   const Place place = place_of(batch, index);
   deliver(table, batch, place, index, rank_by_thread(LaneTeam<1>(), view_of(batch, place), batch.rtol).rank);
@@ -104,10 +104,10 @@ template <int kWidth, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks) group_kernel(const __grid_constant__ Table table) {
   constexpr int kGroups = kThreads / kWidth, kDoubles = GroupMemory<kWidth>::kDoubles;
   __shared__ alignas(16) double memory[kGroups * kDoubles];
-  std::int64_t block;
+  std::uint32_t block;
   const Entry& batch = find_batch(table, block);
   const int group = static_cast<int>(threadIdx.x) / kWidth, lane = static_cast<int>(threadIdx.x) % kWidth;
-  const std::int64_t index = block * kGroups + group, last = batch.count - 1;
+  const std::uint32_t index = block * kGroups + group, last = batch.count - 1;
   // Groups beyond the last map count it again, for nothing: they are needed at the barriers.
   const Place place = place_of(batch, index < last ? index : last);
   const MapView map = view_of(batch, place);
@@ -118,12 +118,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks) group_kernel(const __grid_c
   if (together) {
     source_group = static_cast<int>(threadIdx.x) % kGroups;
     source_lane = static_cast<int>(threadIdx.x) / kGroups;
-    const std::int64_t other = block * kGroups + source_group;
+    const std::uint32_t other = block * kGroups + source_group;
     source = view_of(batch, place_of(batch, other < last ? other : last));
   }
   const LaneTeam<kWidth> team;
   const Decision decision =
-      rank_by_group<kWidth>(team, map, batch.rtol, memory + group * kDoubles, [&](std::int64_t first, int part) {
+      rank_by_group<kWidth>(team, map, batch.rtol, memory + group * kDoubles, [&](int first, int part) {
         if (together && first > 0) __syncthreads();  // others may still read what this thread is about to replace
         stage_tile<kWidth>(source, first, part, source_lane, memory + source_group * kDoubles);
         if (together) {
@@ -135,11 +135,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks) group_kernel(const __grid_c
   if (lane == 0 && index <= last) deliver(table, batch, place, index, decision.rank);
 }
 
-template <int kTile, int kMost, int kBlocks>
-__global__ void __launch_bounds__(kMost, kBlocks) tile_kernel(const __grid_constant__ Table table) {
+template <int kTile, int kThreadsMost, int kBlocks>
+__global__ void __launch_bounds__(kThreadsMost, kBlocks) tile_kernel(const __grid_constant__ Table table) {
   extern __shared__ Pair tile_memory[];
   double* const memory = reinterpret_cast<double*>(tile_memory);
-  std::int64_t index;
+  std::uint32_t index;
   const Entry& batch = find_batch(table, index);
   const Place place = place_of(batch, index);
   const MapView map = view_of(batch, place);
@@ -158,8 +158,8 @@ struct LayoutPlan {
 
 const LayoutPlan kPlans[kRankLayoutCount] = {
     {thread_kernel, kThreads, 0},
-    {group_kernel<8, 4>, kThreads / 8, 0},
-    {group_kernel<16, 4>, kThreads / 16, 0},
+    {group_kernel<8, 5>, kThreads / 8, 0},
+    {group_kernel<16, 5>, kThreads / 16, 0},
     {group_kernel<32, 4>, kThreads / 32, 0},
     {tile_kernel<4, kMostTiles4, 4>, 1, 4},
     {tile_kernel<8, kMostTiles8, 1>, 1, 8},
@@ -183,6 +183,7 @@ BlockSize block_size(int layout, int side) {
 
 void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) {
+    cudaGetLastError();  // told here; the next caller shall not meet it again
     throw std::runtime_error(std::string("rank: CUDA could not ") + what + ": " + cudaGetErrorString(status) + ".");
   }
 }
@@ -210,7 +211,6 @@ int side_of(const RankCudaBatch& batch) {
 }
 
 void launch(int layout, int threads, const std::vector<const RankCudaBatch*>& batches, const RankCudaCall& call) {
-  constexpr std::int64_t kMostBlocks = 2147483647;
   const LayoutPlan& plan = kPlans[layout];
   Table table = {};
   table.labels = call.labels;
@@ -234,14 +234,13 @@ void launch(int layout, int threads, const std::vector<const RankCudaBatch*>& ba
   for (const RankCudaBatch* batch : batches) {
     const std::int64_t count = batch->N * batch->C, per_block = plan.maps_per_block;
     const std::int64_t more = (count + per_block - 1) / per_block;
-    if (more > kMostBlocks) throw std::runtime_error("rank: too many maps for one launch; pass fewer images at once.");
-    if (table.used == static_cast<int>(kMostTable) || blocks + more > kMostBlocks) go();
+    if (table.used == static_cast<int>(kMostTable) || blocks + more > kMost) go();
     table.first_block[table.used] = static_cast<std::uint32_t>(blocks);
     table.entries[table.used++] = {batch->data,
-                                   count,
-                                   batch->C,
-                                   batch->H,
-                                   batch->W,
+                                   static_cast<std::uint32_t>(count),
+                                   static_cast<std::uint32_t>(batch->C),
+                                   static_cast<std::int32_t>(batch->H),
+                                   static_cast<std::int32_t>(batch->W),
                                    batch->stride_n,
                                    batch->stride_c,
                                    batch->stride_h,
@@ -299,6 +298,11 @@ void rank_cuda(const std::vector<RankCudaBatch>& batches, const RankCudaCall& ca
               "set ranks to zero");
       }
       continue;
+    }
+    // Indices of maps and rows have 32 bits, those of elements 64.
+    if (std::max({batch.N, batch.C, count, batch.H, batch.W}) > kMost) {
+      throw std::runtime_error(
+          "rank: a batch may have up to 2147483647 maps, of sides up to as much; pass fewer at once.");
     }
     launches[{batch.layout, block_size(batch.layout, side_of(batch)).threads}].push_back(&batch);
   }

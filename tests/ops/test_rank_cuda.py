@@ -71,6 +71,7 @@ def test_every_type_and_any_strides(dtype):
 def test_the_current_stream_is_used():
     maps = torch.randn(64, 64, 28, 28, device="cuda")
     stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(20_000_000)
         maps.zero_()

@@ -24,7 +24,7 @@ struct PitchIndex {
 
 // One lane's share of columns [first, first + part) of a map, part <= kWidth, as tile [k][i], zeros from row m on.
 template <int kWidth>
-PYPRUNE_TEAM void stage_tile(const MapView& map, std::int64_t first, int part, int lane, double* tile) {
+PYPRUNE_TEAM void stage_tile(const MapView& map, int first, int part, int lane, double* tile) {
   constexpr int kPitch = GroupMemory<kWidth>::kPitch, kAhead = 8;  // loads in flight
   with_type(map, [&](const auto* data) {
     using T = typename std::remove_cv<typename std::remove_reference<decltype(*data)>::type>::type;
@@ -41,7 +41,7 @@ PYPRUNE_TEAM void stage_tile(const MapView& map, std::int64_t first, int part, i
     for (int q = 0; q < written; q += kAhead) {
       T values[kAhead];
       PYPRUNE_UNROLL_ALL
-      for (int u = 0; u < kAhead; ++u) values[u] = q + u < mine ? data[(q + u) * stride] : T{};
+      for (int u = 0; u < kAhead; ++u) values[u] = q + u < mine ? fetch(data + (q + u) * stride) : T{};
       PYPRUNE_UNROLL_ALL
       for (int u = 0; u < kAhead; ++u) {
         if (q + u < written) tile[(q + u) * pitch] = widen(values[u]);
@@ -63,22 +63,21 @@ struct GroupRank {
 
   const Team team;
   double* const memory;  // Memory::kDoubles
-  int m = 0;
+  const int m;
   typename Team::template State<Column> column;
 
-  PYPRUNE_TEAM GroupRank(const Team& team, double* memory) : team(team), memory(memory), column(kWidth) {}
+  PYPRUNE_TEAM GroupRank(const Team& team, double* memory, int m) : team(team), memory(memory), m(m), column(kWidth) {}
 
   // stage(first, part) fills the tile and waits.
   template <class Stage>
   PYPRUNE_TEAM Norms gram(const MapView& map, const Stage& stage) {
-    m = map.m;
-    const double scale = scale_if_needed(team, map);
+    const double scale = scale_of(team, map);
     team.each([&](int t) {
       PYPRUNE_UNROLL_ALL
       for (int i = 0; i < kWidth; ++i) column(t).c[i] = 0;
     });
-    for (std::int64_t first = 0; first < map.n; first += kWidth) {
-      const int part = map.n - first < kWidth ? static_cast<int>(map.n - first) : kWidth;
+    for (int first = 0; first < map.n; first += kWidth) {
+      const int part = map.n - first < kWidth ? map.n - first : kWidth;
       stage(first, part);
       if (map.type == MapType::kFloat64) {
         team.each([&](int t) {
@@ -123,12 +122,8 @@ struct GroupRank {
     return {sums.a, sums.b, top};
   }
 
-  PYPRUNE_TEAM void restore() {
-    team.each([&](int t) {
-      PYPRUNE_UNROLL_ALL
-      for (int i = 0; i < kWidth; ++i) column(t).c[i] = memory[i * kPitch + t];
-    });
-  }
+  PYPRUNE_TEAM void save() const {}  // the Gram matrix went to memory at once
+  PYPRUNE_TEAM void load() const {}
 
   // Right-looking: at step k every lane j > k subtracts u_ik l_jk from its entries i > k. Row k of U, which is also
   // column k, goes round in one of two rows of shared memory by turns, so that a step needs one wait.
@@ -139,7 +134,7 @@ struct GroupRank {
       own.positive = 0;
       own.growth = 0;
       PYPRUNE_UNROLL_ALL
-      for (int i = 0; i < kWidth; ++i) own.c[i] = i == t ? own.c[i] - shift : own.c[i];
+      for (int i = 0; i < kWidth; ++i) own.c[i] = memory[i * kPitch + t] - (i == t ? shift : 0);
       rows[t] = own.c[0];
     });
     PYPRUNE_UNROLL_ALL
@@ -176,9 +171,9 @@ struct GroupRank {
 template <int kWidth, class Team, class Stage>
 PYPRUNE_TEAM Decision rank_by_group(const Team& team, const MapView& map, double rtol, double* memory,
                                     const Stage& stage) {
-  GroupRank<Team, kWidth> engine(team, memory);
+  GroupRank<Team, kWidth> engine(team, memory, map.m);
   const Norms norms = engine.gram(map, stage);
-  return decide_rank(engine, norms, map.m, map.n, rtol);
+  return decide_rank(engine, norms, map.n, rtol);
 }
 
 }  // namespace

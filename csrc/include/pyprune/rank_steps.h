@@ -34,6 +34,17 @@ PYPRUNE_TEAM double widen(float value) {
   return static_cast<double>(value);
 }
 #if defined(__CUDACC__)
+// Through the read-only path: nothing writes maps while they are counted.
+template <class T>
+PYPRUNE_TEAM T fetch(const T* p) {
+  return __ldg(p);
+}
+PYPRUNE_TEAM Half fetch(const Half* p) {
+  return {__ldg(&p->bits)};
+}
+PYPRUNE_TEAM BFloat fetch(const BFloat* p) {
+  return {__ldg(&p->bits)};
+}
 PYPRUNE_TEAM double widen(BFloat value) {
   return static_cast<double>(__uint_as_float(static_cast<unsigned>(value.bits) << 16));
 }
@@ -47,6 +58,10 @@ PYPRUNE_TEAM int exponent_of(double value) {
   return __double2hiint(value) >> 20 & 2047;
 }
 #else
+template <class T>
+inline T fetch(const T* p) {
+  return *p;
+}
 inline double widen(BFloat value) {
   const std::uint32_t bits = static_cast<std::uint32_t>(value.bits) << 16;
   float result;
@@ -82,17 +97,16 @@ PYPRUNE_SHARED std::int64_t distance(std::int64_t stride) {
 struct MapView {
   const void* data;
   MapType type;
-  int m;
-  std::int64_t n, stride_m, stride_n;
+  int m, n;
+  std::int64_t stride_m, stride_n;
 
   PYPRUNE_TEAM bool neighbours_along_m() const { return distance(stride_m) <= distance(stride_n); }
 };
 
-PYPRUNE_SHARED MapView view_map(const void* data, MapType type, std::int64_t H, std::int64_t W, std::int64_t stride_h,
+PYPRUNE_SHARED MapView view_map(const void* data, MapType type, int H, int W, std::int64_t stride_h,
                                 std::int64_t stride_w) {
   const bool flip = H != W ? H > W : distance(stride_w) < distance(stride_h);
-  return flip ? MapView{data, type, static_cast<int>(W), H, stride_w, stride_h}
-              : MapView{data, type, static_cast<int>(H), W, stride_h, stride_w};
+  return flip ? MapView{data, type, W, H, stride_w, stride_h} : MapView{data, type, H, W, stride_h, stride_w};
 }
 
 // f(pointer to the map's first element, in its own type)
@@ -113,13 +127,16 @@ PYPRUNE_TEAM void with_type(const MapView& map, const F& f) {
 // Squares of float32 neither overflow nor vanish in float64. Float64 maps are scaled by a power of two, so that their
 // largest entry lies in [1, 2).
 template <class Team>
-PYPRUNE_RARE double scale_of(const Team team, const MapView map) {
+PYPRUNE_TEAM double scale_of(const Team& team, const MapView& map) {
+  if (map.type != MapType::kFloat64) return 1;
   const double* const data = static_cast<const double*>(map.data);
   const double top = team.max([&](int t) {
     double top = 0;
-    for (std::int64_t e = t; e < map.m * map.n; e += team.size()) {
-      const double value = data[e % map.m * map.stride_m + e / map.m * map.stride_n];
-      top = larger(larger(top, value), -value);
+    for (int k = t; k < map.n; k += team.size()) {
+      for (int i = 0; i < map.m; ++i) {
+        const double value = fetch(data + i * map.stride_m + k * map.stride_n);
+        top = larger(larger(top, value), -value);
+      }
     }
     return top;
   });
@@ -135,11 +152,6 @@ struct Symmetric {
 
   PYPRUNE_TEAM double& operator()(int i, int j) const { return data[i < j ? index(j, i) : index(i, j)]; }
 };
-
-template <class Team>
-PYPRUNE_TEAM double scale_if_needed(const Team& team, const MapView& map) {
-  return map.type == MapType::kFloat64 ? scale_of(team, map) : 1;
-}
 
 // Decisions.
 
@@ -315,36 +327,53 @@ PYPRUNE_RARE std::int32_t count_tridiagonal(const Team team, int m, double rtol2
   return sturm_count(d, e2, m, rtol2 * bracket.hi, floor);
 }
 
-// The whole order of decisions. An engine has a team, the matrix G in memory, count(shift), which works on a copy of
-// G in registers and leaves it spoilt, restore(), which brings that copy back, and scratch for four vectors.
+// The order of decisions. An engine has a team, and G in memory with four vectors beside it, from which count(shift)
+// starts; where it starts from registers instead, save() and load() go between the two.
+
+constexpr std::int32_t kUndecided = -2;
+
+// Counts at the upper and then the lower end. One place in the code counts: unrolled over registers it is long.
 template <class Engine>
-PYPRUNE_TEAM Decision decide_rank(Engine& engine, const Norms& norms, int m, std::int64_t n, double rtol) {
+PYPRUNE_TEAM Decision try_bracket(Engine& engine, const Norms& norms, const Bracket& bracket, double tight, double rtol,
+                                  std::int32_t path) {
+  double at_upper = 0;
+  for (int lower = 0; lower < 2; ++lower) {
+    const Count count = engine.count(rtol * rtol * (lower ? bracket.lo : bracket.hi));
+    const bool calm = count.growth <= norms.trace;
+    const bool decided = lower ? calm && count.positive == at_upper
+                               : count.positive == engine.m || (calm && bracket.hi <= bracket.lo * (1 + tight));
+    if (decided) return {static_cast<std::int32_t>(count.positive), path + lower};
+    if (!calm) break;
+    at_upper = count.positive;
+  }
+  return {kUndecided, path};
+}
+
+// What the norms do not decide. Out of line, so that the common steps need not save registers for it.
+template <class Engine, class Team>
+PYPRUNE_RARE Decision decide_hard_map(const Team team, double* memory, int m, const Norms norms, Bracket bracket,
+                                      double tight, double rtol) {
+  Engine engine(team, memory, m);
+  engine.load();
+  bracket = refine_bracket(team, engine.matrix(), m, norms, bracket, tight, engine.vector(0), engine.vector(1));
+  const Decision decision = try_bracket(engine, norms, bracket, tight, rtol, kPathRefinedUpper);
+  if (decision.rank != kUndecided) return decision;
+  double *const d = engine.vector(0), *const e2 = engine.vector(1);
+  tridiagonalise(team, engine.matrix(), m, d, e2, engine.vector(2), engine.vector(3));
+  return {count_tridiagonal(team, m, rtol * rtol, d, e2), kPathSure};
+}
+
+template <class Engine>
+PYPRUNE_TEAM Decision decide_rank(Engine& engine, const Norms& norms, int n, double rtol) {
   if (!(norms.trace < power_of_two(2047))) return {-1, kPathTrivial};  // infinity
   if (norms.trace == 0) return {0, kPathTrivial};
   // A threshold off by half the guaranteed band of 1 / (4 n^2) is as good as the exact one.
   const double tight = 1 / (4 * static_cast<double>(n) * static_cast<double>(n));
-  const double rtol2 = rtol * rtol;
-  Bracket bracket = {larger(norms.square / norms.trace, norms.top), root(norms.square)};
-  double at_upper = -1;  // the count there, if it can be trusted
-  // One place in the code counts: unrolled over a matrix in registers it is long.
-  for (std::int32_t path = kPathUpper; path < kPathSure; ++path) {
-    const bool lower = path % 2 == 1;
-    if (lower && at_upper < 0) continue;
-    if (path == kPathRefinedUpper) {
-      bracket =
-          refine_bracket(engine.team, engine.matrix(), m, norms, bracket, tight, engine.vector(0), engine.vector(1));
-    }
-    if (path != kPathUpper) engine.restore();
-    const Count count = engine.count(rtol2 * (lower ? bracket.lo : bracket.hi));
-    const bool calm = count.growth <= norms.trace;
-    const bool decided = lower ? calm && count.positive == at_upper
-                               : count.positive == m || (calm && bracket.hi <= bracket.lo * (1 + tight));
-    if (decided) return {static_cast<std::int32_t>(count.positive), path};
-    if (!lower) at_upper = calm ? count.positive : -1;
-  }
-  tridiagonalise(engine.team, engine.matrix(), m, engine.vector(0), engine.vector(1), engine.vector(2),
-                 engine.vector(3));
-  return {count_tridiagonal(engine.team, m, rtol2, engine.vector(0), engine.vector(1)), kPathSure};
+  const Bracket bracket = {larger(norms.square / norms.trace, norms.top), root(norms.square)};
+  const Decision decision = try_bracket(engine, norms, bracket, tight, rtol, kPathUpper);
+  if (decision.rank != kUndecided) return decision;
+  engine.save();
+  return decide_hard_map<Engine>(engine.team, engine.memory, engine.m, norms, bracket, tight, rtol);
 }
 
 }  // namespace

@@ -15,26 +15,24 @@ struct TriangleIndex {
 
 template <class Team>
 struct ThreadRank {
-  static constexpr int kSide = kThreadSide, kEntries = kSide * (kSide + 1) / 2;
+  static constexpr int kSide = kThreadSide, kEntries = kSide * (kSide + 1) / 2, kDoubles = kEntries + 4 * kSide;
 
   PYPRUNE_TEAM static constexpr int at(int i, int j) { return TriangleIndex::at(i, j); }
 
   const Team team;
-  int m = 0;
+  const int m;
   double G[kEntries] = {};  // as it was, only ever indexed by constants
-  double memory[kEntries];  // the same where the rare steps may index it as they like
-  double vectors[4][kSide];
+  double* const memory;     // kDoubles, where the rare steps may index G and four vectors as they like
 
-  PYPRUNE_TEAM explicit ThreadRank(const Team& team) : team(team) {}
+  PYPRUNE_TEAM ThreadRank(const Team& team, double* memory, int m) : team(team), m(m), memory(memory) {}
 
   PYPRUNE_TEAM Norms gram(const MapView& map) {
-    m = map.m;
-    const double scale = scale_if_needed(team, map);
+    const double scale = scale_of(team, map);
     with_type(map, [&](const auto* data) {
-      for (std::int64_t k = 0; k < map.n; ++k, data += map.stride_n) {
+      for (int k = 0; k < map.n; ++k, data += map.stride_n) {
         double a[kSide];
         PYPRUNE_UNROLL_ALL
-        for (int i = 0; i < kSide; ++i) a[i] = i < m ? widen(data[i * map.stride_m]) * scale : 0;
+        for (int i = 0; i < kSide; ++i) a[i] = i < m ? widen(fetch(data + i * map.stride_m)) * scale : 0;
         PYPRUNE_UNROLL_ALL
         for (int i = 0; i < kSide; ++i) {
           PYPRUNE_UNROLL_ALL
@@ -56,7 +54,14 @@ struct ThreadRank {
     return norms;
   }
 
-  PYPRUNE_TEAM void restore() {}
+  PYPRUNE_TEAM void save() const {
+    PYPRUNE_UNROLL_ALL
+    for (int e = 0; e < kEntries; ++e) memory[e] = G[e];
+  }
+  PYPRUNE_TEAM void load() {
+    PYPRUNE_UNROLL_ALL
+    for (int e = 0; e < kEntries; ++e) G[e] = memory[e];
+  }
 
   PYPRUNE_TEAM Count count(double shift) const {
     double u[kEntries];
@@ -85,19 +90,17 @@ struct ThreadRank {
     return count;
   }
 
-  PYPRUNE_TEAM Symmetric<TriangleIndex> matrix() {
-    PYPRUNE_UNROLL_ALL
-    for (int e = 0; e < kEntries; ++e) memory[e] = G[e];
-    return {memory, {}};
-  }
-  PYPRUNE_TEAM double* vector(int i) { return vectors[i]; }
+  PYPRUNE_TEAM Symmetric<TriangleIndex> matrix() const { return {memory, {}}; }
+  PYPRUNE_TEAM double* vector(int i) { return memory + kEntries + i * kSide; }
 };
 
 template <class Team>
 PYPRUNE_TEAM Decision rank_by_thread(const Team& team, const MapView& map, double rtol) {
-  ThreadRank<Team> engine(team);
+  // Apart from the engine: an array whose address is taken would keep G out of registers.
+  double memory[ThreadRank<Team>::kDoubles];
+  ThreadRank<Team> engine(team, memory, map.m);
   const Norms norms = engine.gram(map);
-  return decide_rank(engine, norms, map.m, map.n, rtol);
+  return decide_rank(engine, norms, map.n, rtol);
 }
 
 }  // namespace

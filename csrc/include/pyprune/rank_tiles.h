@@ -36,10 +36,9 @@ struct TileLayout {
   // Slices of the map lie [k][i] where G and the panel come later; two more doubles a row spread its columns over
   // banks.
   PYPRUNE_SHARED int pitch() const { return padded() + 2; }
-  PYPRUNE_SHARED int slice(std::int64_t n) const {
-    const int most = corner() / pitch();
-    const std::int64_t slices = (n + most - 1) / most;
-    return static_cast<int>((n + slices - 1) / slices);
+  PYPRUNE_SHARED int slice(int n) const {
+    const int most = corner() / pitch(), slices = (n - 1) / most + 1;
+    return (n - 1) / slices + 1;
   }
 };
 
@@ -53,14 +52,23 @@ struct TileRank {
 
   const Team team;
   const TileLayout<kTile> layout;
+  const int m;
   double* const memory;  // layout.doubles()
   typename Team::template State<Tile> own;
 
-  PYPRUNE_TEAM TileRank(const Team& team, const TileLayout<kTile>& layout, double* memory)
-      : team(team), layout(layout), memory(memory), own(layout.threads) {}
+  PYPRUNE_TEAM TileRank(const Team& team, double* memory, int m)
+      : team(team), layout(m), m(m), memory(memory), own(layout.threads) {
+    team.each([&](int t) {
+      Tile& tile = own(t);
+      int K = 0, before = 0;
+      while (K < layout.rows && before + layout.rows - K <= t) before += layout.rows - K++;
+      tile.K = K < layout.rows ? K : -1;  // threads beyond the last tile have none
+      tile.I = K + t - before;
+    });
+  }
 
   // One thread's share of columns [first, first + part): lanes along the neighbours, warps across them.
-  PYPRUNE_TEAM void stage(const MapView& map, std::int64_t first, int part, int t, double scale) const {
+  PYPRUNE_TEAM void stage(const MapView& map, int first, int part, int t, double scale) const {
     constexpr int kAhead = 4;  // loads in flight
     with_type(map, [&](const auto* data) {
       using T = typename std::remove_cv<typename std::remove_reference<decltype(*data)>::type>::type;
@@ -77,7 +85,7 @@ struct TileRank {
           PYPRUNE_UNROLL_ALL
           for (int u = 0; u < kAhead; ++u) {
             const int z = y + u * across;
-            values[u] = z < height && (along_m ? x : z) < map.m ? data[x * stride + z * stride_across] : T{};
+            values[u] = z < height && (along_m ? x : z) < map.m ? fetch(data + x * stride + z * stride_across) : T{};
           }
           PYPRUNE_UNROLL_ALL
           for (int u = 0; u < kAhead; ++u) {
@@ -111,13 +119,9 @@ struct TileRank {
   }
 
   PYPRUNE_TEAM Norms gram(const MapView& map) {
-    const double scale = scale_if_needed(team, map);
+    const double scale = scale_of(team, map);
     team.each([&](int t) {
       Tile& tile = own(t);
-      int K = 0, before = 0;
-      while (K < layout.rows && before + layout.rows - K <= t) before += layout.rows - K++;
-      tile.K = K < layout.rows ? K : -1;  // threads beyond the last tile have none
-      tile.I = K + t - before;
       PYPRUNE_UNROLL_ALL
       for (int r = 0; r < kTile; ++r) {
         PYPRUNE_UNROLL_ALL
@@ -125,8 +129,8 @@ struct TileRank {
       }
     });
     const int slice = layout.slice(map.n);
-    for (std::int64_t first = 0; first < map.n; first += slice) {
-      const int part = map.n - first < slice ? static_cast<int>(map.n - first) : slice;
+    for (int first = 0; first < map.n; first += slice) {
+      const int part = map.n - first < slice ? map.n - first : slice;
       team.each([&](int t) { stage(map, first, part, t, scale); });
       team.each([&](int t) {
         Tile& tile = own(t);
@@ -159,20 +163,15 @@ struct TileRank {
     team.each([&](int t) {
       Tile& tile = own(t);
       if (tile.K < 0) return;
+      double* entry = memory + t;
       PYPRUNE_UNROLL_ALL
-      for (int e = 0; e < kTile * kTile; ++e) memory[e * layout.tiles + t] = tile.g[e / kTile][e % kTile];
+      for (int e = 0; e < kTile * kTile; ++e, entry += layout.tiles) *entry = tile.g[e / kTile][e % kTile];
     });
     return {sums.a, sums.b, top};
   }
 
-  PYPRUNE_TEAM void restore() {
-    team.each([&](int t) {
-      Tile& tile = own(t);
-      if (tile.K < 0) return;
-      PYPRUNE_UNROLL_ALL
-      for (int e = 0; e < kTile * kTile; ++e) tile.g[e / kTile][e % kTile] = memory[e * layout.tiles + t];
-    });
-  }
+  PYPRUNE_TEAM void save() const {}  // the Gram matrix went to memory at once
+  PYPRUNE_TEAM void load() const {}
 
   // Factor the diagonal tile J in its thread's registers; the others of its block column wait for corner and pivots.
   PYPRUNE_TEAM void factor_corner(Tile& tile, int J) const {
@@ -227,6 +226,10 @@ struct TileRank {
       Tile& tile = own(t);
       tile.positive = 0;
       tile.growth = 0;
+      const int step = opaque(layout.tiles);
+      const double* entry = memory + (t < step ? t : 0);  // whoever has no tile reads another's, and leaves it alone
+      PYPRUNE_UNROLL_ALL
+      for (int e = 0; e < kTile * kTile; ++e, entry += step) tile.g[e / kTile][e % kTile] = *entry;
       if (tile.I == tile.K) {
         PYPRUNE_UNROLL_ALL
         for (int r = 0; r < kTile; ++r) {
@@ -263,9 +266,9 @@ struct TileRank {
 
 template <int kTile, class Team>
 PYPRUNE_TEAM Decision rank_by_tiles(const Team& team, const MapView& map, double rtol, double* memory) {
-  TileRank<Team, kTile> engine(team, TileLayout<kTile>(map.m), memory);
+  TileRank<Team, kTile> engine(team, memory, map.m);
   const Norms norms = engine.gram(map);
-  return decide_rank(engine, norms, map.m, map.n, rtol);
+  return decide_rank(engine, norms, map.n, rtol);
 }
 
 }  // namespace

@@ -53,6 +53,12 @@ PYPRUNE_TEAM double root(double a) {
   return __dsqrt_rn(a);
 }
 
+// Hides a value from the compiler, which would compute its multiples ahead of a loop and run out of registers.
+PYPRUNE_TEAM int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 PYPRUNE_TEAM double from_lane(unsigned mask, double value, int other) {
   return __shfl_xor_sync(mask, value, other);
 }
@@ -157,6 +163,9 @@ inline double multiply_add(double a, double b, double c) {
 }
 inline double root(double a) {
   return std::sqrt(a);
+}
+inline int opaque(int value) {
+  return value;
 }
 
 // The host's stand-in for both teams; `backwards` runs the threads of every phase from last to first.
