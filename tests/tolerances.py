@@ -32,3 +32,7 @@ as 0.0004; five times as much with one channel."""
 
 SCORE_INTERVAL = 1e-12
 """Ends of a Wilson interval by two formulas: a dozen float64 operations on numbers below 2."""
+
+SSIM_GATE = 1e-6
+"""Psi against float64: eight units of float32's rounding. A psi takes some ten roundings, and three approximations of up
+to two units each on a GPU, which rarely all point one way; the mean over channels evens them out."""

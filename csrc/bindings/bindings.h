@@ -9,6 +9,7 @@ namespace pyprune {
 void register_rank(pybind11::module_& module);
 void register_rank_cuda(pybind11::module_& module);
 void register_ssim(pybind11::module_& module);
+void register_ssim_cuda(pybind11::module_& module);
 
 // When a long call that gave up the GIL last looked for Ctrl-C.
 struct Signals {

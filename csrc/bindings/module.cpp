@@ -5,4 +5,5 @@ PYBIND11_MODULE(_core, module) {
   pyprune::register_rank(module);
   pyprune::register_rank_cuda(module);
   pyprune::register_ssim(module);
+  pyprune::register_ssim_cuda(module);
 }
