@@ -16,7 +16,9 @@ import torch
 
 from pyprune.machine import this_machine
 from pyprune.measure import as_device
+from pyprune.ops import _reference
 from pyprune.ops import rank as rank_op
+from pyprune.ops import ssim as ssim_op
 from pyprune.ops._reference import EPS32
 from pyprune.progress import bar
 
@@ -26,7 +28,14 @@ RANK_SIDES = (2, 4, 8, 16, 32, 56, 112)
 VGG16 = ((64, 32),) * 2 + ((128, 16),) * 2 + ((256, 8),) * 3 + ((512, 4),) * 3 + ((512, 2),) * 3
 """Channels and side of the map of every convolution of VGG-16 on 32 x 32 images."""
 
+RESNET50 = (*(((64, 3, 7), 1), ((64, 64, 3), 3), ((128, 128, 3), 4), ((256, 256, 3), 6), ((512, 512, 3), 3)),)
+"""F2, F1 and K of the convolutions of ResNet-50 larger than 1 x 1, and how many there are of each: 17."""
+
+SSIM_ARITHMETIC = 30
+"""Float32 operations of psi behind the product of two slices: a division, a logarithm and a power among them."""
+
 _CHECKED = 2000  # maps of a case that are held against the float64 SVD
+_CHECKED_FILTERS = 48  # filters of a case that are compared by the float64 reference
 _SECONDS = {"cpu": 0.03, "cuda": 0.002}  # a call lasts at least this long, so that clocks and launches do not show
 _BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # and moves no more than this
 
@@ -142,6 +151,10 @@ def bench(
     if "rank" in ops:
         cases |= {f"{side} x {side} maps": partial(_rank_case, side, floor, where, variants, rounds) for side in sides}
         cases["VGG-16"] = partial(_vgg16_case, floor, where, variants, rounds)
+    if "ssim" in ops:
+        for (F2, F1, K), _ in RESNET50:
+            cases[f"{F2} x {F1} x {K} x {K}"] = partial(_ssim_case, (F2, F1, K, K), floor, where, variants, rounds)
+        cases["ResNet-50"] = partial(_resnet50_case, floor, where, variants, rounds)
     rows: list[Row] = []
     with bar("Measuring", len(cases), progress) as advance:
         for name, measure in cases.items():
@@ -201,10 +214,10 @@ Rival = Callable[[int], Any]
 
 
 def _interleaved(
-    rivals: Mapping[str, Rival], items: int, device: torch.device, rounds: int
+    rivals: Mapping[str, Rival], items: int, device: torch.device, rounds: int, fewest: int = 8
 ) -> dict[str, tuple[int, float]]:
     """Return for each rival how many items a call took, and its median seconds."""
-    counts = {name: _calibrated(run, items, device) for name, run in rivals.items()}
+    counts = {name: _calibrated(run, items, device, fewest) for name, run in rivals.items()}
     times: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(rounds):
         for name, run in rivals.items():
@@ -212,9 +225,9 @@ def _interleaved(
     return {name: (counts[name], statistics.median(found)) for name, found in times.items()}
 
 
-def _calibrated(run: Rival, items: int, device: torch.device) -> int:
+def _calibrated(run: Rival, items: int, device: torch.device, fewest: int) -> int:
     """Return as many items as take long enough to time, at most all; slow rivals get few."""
-    count = min(items, 8)
+    count = min(items, fewest)
     run(count)  # warm-up
     while count < items and _seconds(partial(run, count), device) < _SECONDS[device.type]:
         count = min(items, 4 * count)
@@ -319,6 +332,108 @@ def _rank_layers(layers: Sequence[torch.Tensor], variant: str, images: int) -> N
 def _least(side: int, floor: Floor) -> float:
     """Return the least time for one map: read it, form half of its Gram matrix, factorise that once."""
     return floor.seconds(4 * side * side, fma64=side * side * (side + 1) / 2 + side**3 / 6)
+
+
+def _ssim_case(
+    shape: tuple[int, int, int, int], floor: Floor, device: torch.device, variants: Sequence[str] | None, rounds: int
+) -> list[Row]:
+    """Compare all pairs of filters of one layer; rivals that are slow take the first filters only."""
+    F2, F1 = shape[:2]
+    w = random_kernels(shape, device)
+    rivals: dict[str, Rival] = {"torch_broadcast": lambda filters: broadcast_ssim(w[:filters])}
+    if (compiled := _compiled(broadcast_ssim_block)) is not None:
+        rivals["torch_compiled"] = lambda filters: broadcast_ssim(w[:filters], compiled)
+    ours = _ssim_variants(shape, device, variants)
+    rivals |= {name: partial(_ssim_layers, [w], name) for name in ours}
+    found = _interleaved(rivals, F2, device, rounds, fewest=64)
+    pairs = {name: (filters * (filters - 1) // 2 * F1, seconds) for name, (filters, seconds) in found.items()}
+    few = w[:_CHECKED_FILTERS]
+    right = torch.from_numpy(_reference.kernel_ssim(few.cpu().numpy().astype(np.float64)))
+    checks = {name: _unlike(ssim_op.kernel_ssim(few, variant=name), right) for name in ours}
+    return _rows("ssim", " x ".join(map(str, shape)), pairs, _least_ssim(shape, floor), 1, checks)
+
+
+def _resnet50_case(floor: Floor, device: torch.device, variants: Sequence[str] | None, rounds: int) -> list[Row]:
+    """Compare all pairs of filters of every layer of ResNet-50 that is larger than 1 x 1, as `ckrm` does."""
+    shapes = [(F2, F1, K, K) for (F2, F1, K), count in RESNET50 for _ in range(count)]
+    layers = [random_kernels(shape, device) for shape in shapes]
+    rivals: dict[str, Rival] = {
+        name: partial(_ssim_layers, layers, name) for name in _ssim_variants(shapes[0], device, variants)
+    }
+    found = {name: (1, seconds) for name, (_, seconds) in _interleaved(rivals, 1, device, rounds).items()}
+    counts = [F2 * (F2 - 1) // 2 * F1 for F2, F1, *_ in shapes]
+    least = sum(count * _least_ssim(shape, floor) for count, shape in zip(counts, shapes, strict=True))
+    return _rows("ssim", "ResNet-50", found, least, sum(counts))
+
+
+def random_kernels(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return normal kernels; every third filter is the one before it, scaled and a little disturbed."""
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0]))
+    w[2::3] = 0.9 * w[1::3][: len(w[2::3])] + 0.1 * w[2::3]
+    return w.to(device)
+
+
+def _ssim_layers(layers: Sequence[torch.Tensor], variant: str, filters: int) -> None:
+    for w in layers:
+        ssim_op.kernel_ssim_statistics(w if len(layers) > 1 else w[:filters], variant=variant)
+
+
+def broadcast_ssim(w: torch.Tensor, block: Callable[..., torch.Tensor] | None = None) -> torch.Tensor:
+    """Return Psi [F2, F2], upper triangle, as one writes it in torch: broadcasting in float32, some rows at a time."""
+    x = w.flatten(2)
+    mean = x.mean(2)
+    centred = x - mean[..., None]
+    std = centred.square().mean(2).sqrt()
+    e = 1e-2 * w.square().mean()
+    rows = max(1, (1 << 22) // w.numel())  # 16 MiB a temporary
+    psi = w.new_zeros(len(w), len(w))
+    for i in range(0, len(w), rows):
+        one, others = slice(i, i + rows), slice(i, None)
+        psi[one, others] = (block or broadcast_ssim_block)(
+            centred[one], mean[one], std[one], centred[others], mean[others], std[others], e
+        )
+    return psi
+
+
+def broadcast_ssim_block(
+    cx: torch.Tensor, mx: torch.Tensor, sx: torch.Tensor, cy: torch.Tensor, my: torch.Tensor, sy: torch.Tensor,
+    e: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """Return Psi of some filters [I] with others [J]: [I, J]."""
+    mx, sx = mx[:, None], sx[:, None]
+    sxy = torch.einsum("ick,jck->ijc", cx, cy) / cx.shape[2]
+    luminance = (2 * (mx * my).abs() + e) / (mx * mx + my * my + e)
+    contrast = (2 * sx * sy + e) / (sx * sx + sy * sy + e)
+    structure = (sxy.abs() + e) / (sx * sy + e)
+    return (luminance**0.1 * contrast * structure).mean(2)
+
+
+def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor] | None:
+    """Return ``function`` compiled by torch, or nothing where it finds no compiler."""
+    compiled = torch.compile(function, dynamic=True)
+    small = torch.rand(2, 2, 4), torch.rand(2, 2), torch.rand(2, 2)
+    try:
+        compiled(*small, *small, torch.tensor(0.01))
+    except Exception:
+        return None
+    return compiled
+
+
+def _least_ssim(shape: Sequence[int], floor: Floor) -> float:
+    """Return the least time for one pair of slices: their product and psi; weights are read once and do not count."""
+    return floor.seconds(0, fma32=shape[2] * shape[3] + SSIM_ARITHMETIC)
+
+
+def _ssim_variants(shape: Sequence[int], device: torch.device, wanted: Sequence[str] | None) -> list[str]:
+    here = this_machine()
+    if wanted:
+        return list(wanted)
+    return list(here.cpu_variants) if device.type == "cpu" else [ssim_op.choose_ssim(shape, "float32", "cuda", here)]
+
+
+def _unlike(psi: torch.Tensor, right: torch.Tensor) -> tuple[int, int, None]:
+    """Return how many similarities were checked, and how many are further than 1e-6 from the reference."""
+    return psi.numel(), int(((psi.cpu().double() - right).abs() > 1e-6).sum()), None
 
 
 def _processor(device: torch.device) -> str:
