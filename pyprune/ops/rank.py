@@ -176,6 +176,10 @@ def _run(x: Any, *, rtol: float | None = None, check: bool = True, variant: str 
     ranks = _compute(x, rtol, name, dtype, check and counts)
     if check and not counts:
         _raise_not_finite(ranks)
+    if isinstance(ranks, np.ndarray) and not isinstance(x, np.ndarray):
+        import torch
+
+        ranks = torch.from_numpy(ranks)
     return ranks, name
 
 
@@ -243,17 +247,18 @@ def _why_not(variant: str, device: str, here: Machine) -> str:
 
 
 def _compute(maps: Any, rtol: float | None, name: str, dtype: str, counts: bool) -> Any:
-    """Return int32 [...] ranks with -1 for maps that are not finite: a tensor for a tensor, else an array."""
+    """Return int32 [...] ranks, an array or a tensor, with -1 for maps that are not finite."""
     if name.startswith("cpu"):
         return _native(maps, rtol, name, dtype)
     if name == "reference":
-        return _by_numpy(maps, rtol, dtype)
+        return _by_numpy(maps, rtol)
     if name.startswith("torch"):
         return _by_torch(maps, rtol, _ranks_by_svd if name == "torch_svd" else _ranks_by_eigenvalues)
     if isinstance(maps, np.ndarray):  # Triton's interpreter takes tensors
         import torch
 
-        return _compute(torch.from_numpy(np.array(maps)), rtol, name, dtype, counts).numpy()
+        maps = torch.from_numpy(np.array(maps))
+        return _compute(maps, rtol, name, dtype, counts).numpy()
     counter = _finite.counter(maps.device) if counts else None
     if name == "triton":
         from pyprune.ops._triton.rank import rank as launch
@@ -263,22 +268,15 @@ def _compute(maps: Any, rtol: float | None, name: str, dtype: str, counts: bool)
     return ranks.reshape(maps.shape[:-2])
 
 
-def _native(maps: Any, rtol: float | None, name: str, dtype: str) -> Any:
+def _native(maps: Any, rtol: float | None, name: str, dtype: str) -> npt.NDArray[np.int32]:
     from pyprune import _core
 
-    if isinstance(maps, np.ndarray):
-        array, is_tensor = _in_order(maps), False
-    else:
-        array, is_tensor = _as_array(maps, dtype), True
-    if dtype == "bfloat16":
-        array = array.view(np.uint16)
+    array = _in_order(maps) if isinstance(maps, np.ndarray) else _as_array(maps, dtype)
+    named: tuple[str, ...] = ()
+    if dtype == "bfloat16":  # a kind that numpy does not know: its bits, and a name for them
+        array, named = array.view(np.uint16), (dtype,)
     rtol = max(maps.shape[-2:]) * EPS32 if rtol is None else rtol
-    ranks = _core.rank(_as_four(array), rtol, name, machine.threads(), dtype).reshape(maps.shape[:-2])
-    if not is_tensor:
-        return ranks
-    import torch
-
-    return torch.from_numpy(ranks)
+    return _core.rank(_as_four(array), rtol, name, machine.threads(), *named).reshape(maps.shape[:-2])
 
 
 def _as_array(maps: torch.Tensor, dtype: str) -> npt.NDArray[Any]:
@@ -314,24 +312,17 @@ def _blocks(shape: Sequence[int]) -> Iterator[tuple[slice, slice]]:
             yield slice(i, i + n), slice(j, j + c)
 
 
-def _by_numpy(maps: Any, rtol: float | None, dtype: str) -> Any:
+def _by_numpy(maps: Any, rtol: float | None) -> npt.NDArray[np.int32]:
     """Rank by the float64 SVD of numpy, block by block."""
-    is_tensor = not isinstance(maps, np.ndarray)
-    if is_tensor:
-        maps = (maps.float() if dtype == "bfloat16" else maps).resolve_neg().numpy()
     four = _as_four(maps)
-    ranks = np.empty(four.shape[:2], np.int32)
+    ranks = np.empty(tuple(four.shape[:2]), np.int32)
     for block in _blocks(four.shape):
-        part = four[block].astype(np.float64)
+        part = four[block] if isinstance(maps, np.ndarray) else four[block].double().resolve_neg().numpy()
+        part = np.array(part, np.float64)
         finite = np.isfinite(part).all(axis=(-2, -1))
         part[~finite] = 0
         ranks[block] = np.where(finite, _reference.matrix_rank(part, rtol), -1)
-    ranks = ranks.reshape(maps.shape[:-2])
-    if not is_tensor:
-        return ranks
-    import torch
-
-    return torch.from_numpy(ranks)
+    return ranks.reshape(maps.shape[:-2])
 
 
 def _by_torch(maps: Any, rtol: float | None, ranks_of: Callable[[torch.Tensor, float], torch.Tensor]) -> Any:
