@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import pyprune as pp
-from pyprune.ops import _finite
+from pyprune import machine
+from pyprune.machine import Machine
+from pyprune.ops import _cuda, _finite
+from pyprune.ops.rank import _run
 
 GPU = torch.device("cuda", 0)
 OTHER = torch.device("cuda", 1)
@@ -45,6 +49,44 @@ def test_looking_where_nothing_was_counted():
     _finite.poll()
     _finite.poll(GPU)
     assert _finite._counters == {}
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The compiled kernels of a GPU that is not here: what they are called with."""
+    calls = []
+
+    def launch(maps, rtol, layout, not_finite):
+        calls.append((tuple(maps.shape), rtol, layout, not_finite))
+        return maps.new_empty(maps.shape[:2], dtype=torch.int32), layout
+
+    here = Machine((), (("cuda_thread", 4), ("cuda_group8", 8)), "cuda")
+    monkeypatch.setattr(machine, "this_machine", lambda gpu=0: here)
+    monkeypatch.setattr(_cuda, "rank", launch)
+    return calls
+
+
+def test_a_checked_call_hands_the_counter_to_the_kernel_and_looks_at_it_first(launches):
+    counter = _finite.counter(GPU)
+    with FakeTensorMode():
+        maps = torch.empty(5, 2, 3, 8, 6, device="cuda")
+    ranks, ran = _run(maps)
+    assert (tuple(ranks.shape), ranks.device.type, ran) == ((5, 2, 3), "cuda", "cuda_group8")
+    assert launches == [((10, 3, 8, 6), None, "cuda_group8", counter)]
+    counter.add_(1)
+    with pytest.raises(ValueError, match="1 of those ranked before on cuda:0"):
+        _run(maps)
+    assert len(launches) == 1
+
+
+def test_nothing_is_counted_unchecked_or_into_a_graph(launches, monkeypatch):
+    _finite.counter(GPU).add_(1)
+    with FakeTensorMode():
+        maps = torch.empty(2, 1, 7, 3, 3, device="cuda")
+    _run(maps, check=False, rtol=1e-3)
+    monkeypatch.setattr(_finite, "capturing", lambda: True)
+    _run(maps)
+    assert launches == [((2, 7, 3, 3), 1e-3, "cuda_thread", None), ((2, 7, 3, 3), None, "cuda_thread", None)]
 
 
 @pytest.mark.gpu
