@@ -16,7 +16,7 @@ import torch
 
 from pyprune.machine import this_machine
 from pyprune.measure import as_device
-from pyprune.ops import _reference
+from pyprune.ops import _cuda, _reference
 from pyprune.ops import rank as rank_op
 from pyprune.ops import ssim as ssim_op
 from pyprune.ops._reference import EPS32
@@ -28,7 +28,15 @@ RANK_SIDES = (2, 4, 8, 16, 32, 56, 112)
 VGG16 = ((64, 32),) * 2 + ((128, 16),) * 2 + ((256, 8),) * 3 + ((512, 4),) * 3 + ((512, 2),) * 3
 """Channels and side of the map of every convolution of VGG-16 on 32 x 32 images."""
 
-RESNET50 = (*(((64, 3, 7), 1), ((64, 64, 3), 3), ((128, 128, 3), 4), ((256, 256, 3), 6), ((512, 512, 3), 3)),)
+RESNET50_MAPS = (
+    (64, 112), *((64, 56), (64, 56), (256, 56)) * 3,
+    (128, 56), (128, 28), (512, 28), *((128, 28), (128, 28), (512, 28)) * 3,
+    (256, 28), (256, 14), (1024, 14), *((256, 14), (256, 14), (1024, 14)) * 5,
+    (512, 14), (512, 7), (2048, 7), *((512, 7), (512, 7), (2048, 7)) * 2,
+)  # fmt: skip
+"""The same of ResNet-50 on 224 x 224 images, without the projections, which are read where the last ones are."""
+
+RESNET50 = (((64, 3, 7), 1), ((64, 64, 3), 3), ((128, 128, 3), 4), ((256, 256, 3), 6), ((512, 512, 3), 3))
 """F2, F1 and K of the convolutions of ResNet-50 larger than 1 x 1, and how many there are of each: 17."""
 
 SSIM_ARITHMETIC = 30
@@ -150,11 +158,14 @@ def bench(
     cases: dict[str, Callable[[], list[Row]]] = {}
     if "rank" in ops:
         cases |= {f"{side} x {side} maps": partial(_rank_case, side, floor, where, variants, rounds) for side in sides}
-        cases["VGG-16"] = partial(_vgg16_case, floor, where, variants, rounds)
+        cases["maps of VGG-16"] = partial(_network_case, "VGG-16", VGG16, 500, floor, where, variants, rounds)
+        if where.type == "cuda":  # hours for torch on a CPU
+            maps = RESNET50_MAPS
+            cases["maps of ResNet-50"] = partial(_network_case, "ResNet-50", maps, 50, floor, where, variants, rounds)
     if "ssim" in ops:
         for (F2, F1, K), _ in RESNET50:
             cases[f"{F2} x {F1} x {K} x {K}"] = partial(_ssim_case, (F2, F1, K, K), floor, where, variants, rounds)
-        cases["ResNet-50"] = partial(_resnet50_case, floor, where, variants, rounds)
+        cases["kernels of ResNet-50"] = partial(_resnet50_case, floor, where, variants, rounds)
     rows: list[Row] = []
     with bar("Measuring", len(cases), progress) as advance:
         for name, measure in cases.items():
@@ -294,11 +305,12 @@ def _rank_variants(maps: torch.Tensor, wanted: Sequence[str] | None) -> list[str
     """Return the variants to time on such maps: those asked for, or each that is made for the device and the size."""
     if wanted:
         return list(wanted)
-    here = this_machine()
+    here = this_machine(maps.device.index or 0)
     if maps.device.type == "cpu":
         return list(here.cpu_variants)
-    chosen = rank_op.choose_rank(maps.shape, "float32", maps.device.type, here)
-    return list(dict.fromkeys([chosen, *(["triton"] if here.triton and min(maps.shape[-2:]) <= 64 else [])]))
+    chosen = rank_op.choose_rank(maps.shape, "float32", "cuda", here)
+    triton = ["triton"] if here.triton and min(maps.shape[-2:]) <= rank_op.TRITON_SIDE else []
+    return list(dict.fromkeys([chosen, *triton, "torch_eigvalsh"]))
 
 
 def _cupy_rival(maps: torch.Tensor) -> dict[str, Rival]:
@@ -310,18 +322,24 @@ def _cupy_rival(maps: torch.Tensor) -> dict[str, Rival]:
     return {"cupy_svd": lambda count: cupy.linalg.svd(view[:count], compute_uv=False)}
 
 
-def _vgg16_case(floor: Floor, device: torch.device, variants: Sequence[str] | None, rounds: int) -> list[Row]:
-    """Rank every map of VGG-16 on 500 images of 32 x 32."""
-    layers = [torch.randn(500, channels, side, side, device=device).relu() for channels, side in VGG16]
+def _network_case(
+    name: str, network: Sequence[tuple[int, int]], images: int, floor: Floor, device: torch.device,
+    variants: Sequence[str] | None, rounds: int,
+) -> list[Row]:  # fmt: skip
+    """Rank every map of a network on so many images: layer by layer, and on a GPU also all layers at once."""
+    layers = [torch.randn(images, channels, side, side, device=device).relu() for channels, side in network]
     ours = _rank_variants(layers[0], variants) if device.type == "cpu" else ["auto"]
     rivals: dict[str, Rival] = {
-        "torch_batched": lambda images: [torch.linalg.matrix_rank(maps[:images]) for maps in layers],
-        **{name: partial(_rank_layers, layers, name) for name in ours},
+        "torch_batched": lambda count: [torch.linalg.matrix_rank(maps[:count]) for maps in layers],
+        **{variant: partial(_rank_layers, layers, variant) for variant in ours},
     }
-    found = _interleaved(rivals, 500, device, rounds)
-    least = sum(channels * _least(side, floor) for channels, side in VGG16)  # seconds an image
-    a_image = sum(channels for channels, _ in VGG16)
-    return _rows("rank", "VGG-16", found, least, a_image)
+    if device.type == "cuda" and this_machine(device.index or 0).cuda:
+        labels = torch.arange(images, device=device) % 10
+        sums = torch.zeros(10, sum(channels for channels, _ in network), dtype=torch.int64, device=device)
+        rivals["rank_sums"] = lambda count: _cuda.rank_sums([maps[:count] for maps in layers], labels[:count], sums)
+    found = _interleaved(rivals, images, device, rounds)
+    least = sum(channels * _least(side, floor) for channels, side in network)  # seconds an image
+    return _rows("rank", name, found, least, sum(channels for channels, _ in network))
 
 
 def _rank_layers(layers: Sequence[torch.Tensor], variant: str, images: int) -> None:
@@ -425,7 +443,7 @@ def _least_ssim(shape: Sequence[int], floor: Floor) -> float:
 
 
 def _ssim_variants(shape: Sequence[int], device: torch.device, wanted: Sequence[str] | None) -> list[str]:
-    here = this_machine()
+    here = this_machine(device.index or 0)
     if wanted:
         return list(wanted)
     return list(here.cpu_variants) if device.type == "cpu" else [ssim_op.choose_ssim(shape, "float32", "cuda", here)]
