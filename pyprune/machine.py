@@ -7,7 +7,9 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -15,6 +17,8 @@ from typing import Any
 OPTIONAL_PACKAGES = ("onnx", "onnxruntime", "cupy", "nvidia-ml-py", "torchvision")
 _MODULES = {"nvidia-ml-py": "pynvml"}  # where the module is not called like the package
 _NO_EXTENSION = "the extension pyprune._core is not built; run pip install ."
+
+_limit = threading.local()
 
 
 @dataclass(frozen=True)
@@ -90,10 +94,29 @@ def _core() -> Any:
 
 def threads() -> int:
     """Return how many threads a kernel may use: torch's setting once torch is loaded, else the usable CPUs."""
+    limit: int | None = getattr(_limit, "threads", None)
+    if limit is not None:
+        return limit
     if "torch" in sys.modules:
         import torch
 
         return torch.get_num_threads()
+    return cpus()
+
+
+@contextmanager
+def limited_threads(count: int) -> Iterator[None]:
+    """Let kernels that the calling thread starts use ``count`` threads."""
+    before = getattr(_limit, "threads", None)
+    _limit.threads = count
+    try:
+        yield
+    finally:
+        _limit.threads = before
+
+
+def cpus() -> int:
+    """Return how many CPUs this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

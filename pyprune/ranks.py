@@ -12,15 +12,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 
-from pyprune import files, graph
+from pyprune import files, graph, machine, overlap
+from pyprune.aliases import lasting
 from pyprune.datasets.labels import integer_labels
 from pyprune.features import Layers, convolution_calls, find_taps, why_left_out
-from pyprune.machine import keep_freed_memory, this_machine
+from pyprune.machine import keep_freed_memory
 from pyprune.measure import Device, running
-from pyprune.ops.rank import choose_rank, matrix_rank
 from pyprune.progress import bar
 from pyprune.sampling import Sample, draw_sample
 from pyprune.types import ClassRanks, IntArray
@@ -38,10 +39,15 @@ class RankAccumulator:
     """Rank the feature maps of a model while one's own loop runs it, and add the ranks up by class.
 
     Inside the ``with`` block ``model(x)`` returns what it returns otherwise, in eval mode and without gradients, and
-    the maps at every tap are ranked the moment they exist: only ranks, int32 [N, F], are held until
-    :meth:`update` adds them to int64 sums, and no map outlives its batch. The model is run node by node from its
-    traced graph (so forward hooks of modules that contain others do not fire), or as it is, with hooks, where taps
-    are named by hand. On leaving, ``forward`` and the training flags are what they were.
+    the maps at every tap are ranked: only ranks, int32 [N, F], are held until :meth:`update` adds them to int64
+    sums. Ranking goes on beside the forward pass, on CPUs that torch's threads leave idle or on a stream of its own
+    on a GPU, with bounded memory; maps that the model changes in place are ranked the moment they exist. In host
+    memory no map outlives its forward pass. On a GPU nothing waits for the device until :meth:`ranks`,
+    :meth:`state_dict` or :meth:`merge`, which is where maps that are not finite are found.
+
+    The model is run node by node from its traced graph (so forward hooks of modules that contain others do not
+    fire), or as it is, with hooks, where taps are named by hand. On leaving, ``forward`` and the training flags are
+    what they were.
 
     Parameters
     ----------
@@ -91,24 +97,34 @@ class RankAccumulator:
         self._layers_at: dict[str, list[str]] = {}  # several convolutions may share one tap
         for name, tap in self.taps.items():
             self._layers_at.setdefault(tap.node, []).append(name)
-        ends = list(itertools.accumulate((self._filters[names[0]] for names in self._layers_at.values()), initial=0))
-        self._columns = {node: slice(*ends[i : i + 2]) for i, node in enumerate(self._layers_at)}  # of each tap
+        order = self._order()
+        ends = list(itertools.accumulate((self._filters[self._layers_at[node][0]] for node in order), initial=0))
+        self._columns = {node: slice(*ends[i : i + 2]) for i, node in enumerate(order)}  # of each tap
+        self._slots = {node: i for i, node in enumerate(self._columns)}
         self._counts = torch.zeros(num_classes or 0, dtype=torch.int64)
         self._sums = torch.zeros(num_classes or 0, ends[-1], dtype=torch.int64)  # [C, filters of all taps]
         # One buffer for all taps, kept from batch to batch: small tensors that outlive the maps between which they
         # were allocated would cut the freed memory into pieces too short for the next maps.
-        self._ranks = torch.empty(0, ends[-1], dtype=torch.int32)  # [N, filters of all taps]
+        self._ranks = np.zeros((0, ends[-1]), np.int32)  # [N, filters of all taps]
+        self._images = 0  # N of the batch that waits
         self.variants: set[str] = set()
-        self._machine = this_machine()
         self._shapes: dict[str, tuple[int, int]] = {}
         self._pending: set[str] = set()  # taps read since the last update
+        self._in_host: set[str] = set()  # those of them whose ranks are in _ranks
+        self._expected: IntArray | None = None  # the labels of the batch to come, where known
+        self._lasting: set[str] = set()  # taps whose maps nothing changes
+        self._host: overlap.HostQueue | None = None
+        self._devices: dict[torch.device, overlap.DeviceQueue] = {}
         self._open: ExitStack | None = None
 
     def __enter__(self) -> RankAccumulator:
         if self._open is not None:
             raise ValueError("RankAccumulator: it reads this model already; leave the first `with` before the next.")
         keep_freed_memory()
+        self._lasting = set() if self._graph is None else lasting(self._model, self._graph, self._layers_at)
+        self._host = overlap.HostQueue(overlap.choose_helpers(torch.get_num_threads(), machine.cpus()))
         with ExitStack() as stack:
+            stack.callback(self._host.close)
             stack.enter_context(_eval_mode(self._model))
             run = stack.enter_context(self._hooked()) if self._graph is None else self._interpreted(self._graph)
             stack.enter_context(_forward_replaced(self._model, self._guarded(run)))
@@ -119,7 +135,8 @@ class RankAccumulator:
         stack, self._open = self._open, None
         if stack is not None:
             stack.close()
-        forgotten, self._pending = bool(self._pending), set()
+        forgotten = bool(self._pending)
+        self._forget()
         if forgotten and kind is None:
             raise ValueError("RankAccumulator: the last batch was run and not counted; call update(labels) after it.")
 
@@ -142,11 +159,31 @@ class RankAccumulator:
         missing = [names[0] for node, names in self._layers_at.items() if node not in self._pending]
         if missing:
             raise ValueError(f"RankAccumulator: the forward pass did not reach the tap of {missing[0]!r}.")
-        index = torch.from_numpy(self._check_labels(integer_labels("RankAccumulator", labels)))
+        given = self._check_labels(integer_labels("RankAccumulator", labels), self._images)
+        index = torch.from_numpy(given)
         self._grow(int(index.max()) + 1 if len(index) else 0)
-        self._sums.index_add_(0, index, self._ranks.to(torch.int64))
+        for queue in self._devices.values():
+            queue.count(given, len(self._counts))
+        if self._in_host:
+            self._sums.index_add_(0, index, torch.from_numpy(self._ranks).to(torch.int64))
         self._counts += torch.bincount(index, minlength=len(self._counts))
-        self._pending = set()
+        self._expected, self._pending, self._in_host = None, set(), set()
+
+    def _expect(self, labels: IntArray) -> None:
+        """Say the labels of the batch to come, so that a GPU may add its ranks up as it finds them.
+
+        The sums are of no use if that forward pass fails, so this is not for loops that go on then.
+        """
+        given = self._check_labels(labels, len(labels))
+        self._grow(int(given.max()) + 1 if len(given) else 0)
+        self._expected = given
+
+    def _collect(self) -> None:
+        """Wait for the devices, and add their sums to those in host memory."""
+        for queue in self._devices.values():
+            if queue.used:
+                sums = torch.from_numpy(queue.collect())
+                self._sums[: len(sums)] += sums
 
     def ranks(self, info: Mapping[str, Any] | None = None) -> ClassRanks:
         """Return the mean ranks so far, R [F, C] = sum / count; ``info`` is kept with them.
@@ -154,8 +191,9 @@ class RankAccumulator:
         Raises
         ------
         ValueError
-            If a class has no image yet.
+            If a class has no image yet, or a map on a GPU was not finite.
         """
+        self._collect()
         empty = torch.nonzero(self._counts == 0).flatten().tolist()
         if empty or not len(self._counts):
             which = f"class {empty[0]} has none" if empty else "nothing was counted"
@@ -187,6 +225,7 @@ class RankAccumulator:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return copies of the int64 sums [C, F], the images counted per class [C], and the maps' sizes (H, W)."""
+        self._collect()
         sizes = {f"shape/{node}": torch.tensor(shape) for node, shape in self._shapes.items()}
         sums = {f"sums/{node}": self._sums[:, columns].clone() for node, columns in self._columns.items()}
         return {"counts": self._counts.clone(), **sizes, **sums}
@@ -200,6 +239,9 @@ class RankAccumulator:
             If they are of other taps, filters or classes, or a batch is waiting.
         """
         self._check_state(state)
+        for queue in self._devices.values():
+            queue.abandon()
+        self._devices.clear()
         self._counts.zero_()
         self._sums.zero_()
         self._shapes = {}
@@ -228,10 +270,10 @@ class RankAccumulator:
                 "RankAccumulator: the sums are of other taps, filters or classes; rank the same model alike."
             )
 
-    def _check_labels(self, labels: IntArray) -> IntArray:
-        if len(labels) != len(self._ranks):
+    def _check_labels(self, labels: IntArray, images: int) -> IntArray:
+        if len(labels) != images:
             raise ValueError(
-                f"RankAccumulator: needs one label per image; got {len(labels)} labels for {len(self._ranks)} images."
+                f"RankAccumulator: needs one label per image; got {len(labels)} labels for {images} images."
             )
         limit = MAX_GROWTH if self.num_classes is None else self.num_classes
         bad = labels[(labels < 0) | (labels >= limit)]
@@ -253,12 +295,39 @@ class RankAccumulator:
                 raise ValueError("RankAccumulator: the model ran twice; call update(labels) after each forward pass.")
             try:
                 with torch.no_grad():
-                    return run(*args, **kwargs)
+                    result = run(*args, **kwargs)
+                    self._finish()
+                return result
             except BaseException:
-                self._pending = set()
+                self._forget()
                 raise
 
         return forward
+
+    def _finish(self) -> None:
+        """Rank what waits; on a GPU, only launch it."""
+        if self._host is not None:
+            self._host.finish()
+        for queue in self._devices.values():
+            queue.finish()
+        if self._in_host:
+            for node in self._pending - self._in_host:
+                self._ranks[:, self._columns[node]] = 0  # the rest of the network may have moved to a GPU
+
+    def _forget(self) -> None:
+        """Forget the batch that waits."""
+        if self._host is not None:
+            self._host.abandon()
+        for queue in self._devices.values():
+            queue.abandon()
+        self._ranks = self._ranks[:0]
+        self._expected, self._pending, self._in_host = None, set(), set()
+
+    def _order(self) -> list[str]:
+        """Return the taps in the order in which they run, as far as that is known."""
+        if self._graph is None:
+            return list(self._layers_at)
+        return [node.name for node in self._graph.nodes if node.name in self._layers_at]
 
     def _interpreted(self, traced: fx.Graph) -> Callable[..., Any]:
         """Return a ``forward`` that runs the traced graph node by node and reads the taps on the way."""
@@ -294,22 +363,44 @@ class RankAccumulator:
         if node in self._pending:
             raise ValueError(f"RankAccumulator: {node!r} runs more than once in a forward pass; name another module.")
         self._check_shape(node, (maps.shape[2], maps.shape[3]))
-        self.variants.add(
-            choose_rank(maps.shape, str(maps.dtype).removeprefix("torch."), maps.device.type, self._machine)
-        )
-        try:
-            ranks = matrix_rank(maps)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"RankAccumulator: {where} cannot be ranked. {error}") from None
-        if not self._pending and len(ranks) != len(self._ranks):
-            self._ranks = self._ranks.new_empty(len(ranks), self._ranks.shape[1])
-        if len(ranks) != len(self._ranks):
+        if self._pending and len(maps) != self._images:
             raise ValueError(
-                f"RankAccumulator: {where} must be of {len(self._ranks)} images, as at the taps before; "
-                f"got {len(ranks)}. Leave the layer out."
+                f"RankAccumulator: {where} must be of {self._images} images, as at the taps before; "
+                f"got {len(maps)}. Leave the layer out."
             )
-        self._ranks[:, self._columns[node]] = ranks
+        self._images = len(maps)
+        if self._expected is not None:
+            self._check_labels(self._expected, self._images)
+        self.variants.add(overlap.variant(maps))
         self._pending.add(node)
+        queue = self._queue_on(maps.device)
+        if queue is None:
+            self._rank_in_host(node, where, maps)
+        else:
+            queue.put(self._slots[node], maps, self._columns[node], node in self._lasting)
+
+    def _rank_in_host(self, node: str, where: str, maps: torch.Tensor) -> None:
+        if len(self._ranks) != len(maps):
+            self._ranks = np.zeros((len(maps), self._ranks.shape[1]), np.int32)
+        self._in_host.add(node)
+        ranks = self._ranks[:, self._columns[node]]
+        if self._host is not None and node in self._lasting and self._host.takes(maps):
+            self._host.put(where, maps, ranks)
+        else:
+            ranks[...] = overlap.rank_at_once(where, maps)
+
+    def _queue_on(self, device: torch.device) -> overlap.DeviceQueue | None:
+        """Return the queue of a device that has streams."""
+        if device not in self._devices:
+            gpu = overlap.own_stream(device)
+            if gpu is None:
+                return None
+            names = [f"the maps of {self._layers_at[node][0]!r} (read at {node!r})" for node in self._columns]
+            self._devices[device] = overlap.DeviceQueue(gpu, names, self._sums.shape[1])
+        queue = self._devices[device]
+        if self._expected is not None and not queue.expecting:
+            queue.expect(self._expected, len(self._counts))
+        return queue
 
     def _check_shape(self, node: str, shape: tuple[int, ...]) -> None:
         H, W = shape
@@ -509,7 +600,8 @@ def _run(
             count += 1
             digest.update(part.ids.astype("<i8").tobytes() + part.labels.astype("<i8").tobytes())
             if part.images is not None:
-                model(part.images.to(place))
+                accumulator._expect(part.labels)
+                model(part.images.to(place, non_blocking=True))
                 accumulator.update(part.labels)
                 if checkpoint:
                     checkpoint.save_if_due(count, digest.hexdigest(), sample)
