@@ -1,6 +1,8 @@
 """Ranking VGG-16 and ResNet-56 on 500 images against their own forward passes, and the k search of a small network.
 
-Run with ``python -m pytest benchmarks/test_bench_ranks.py``, or as a program for a table of ratios. The networks are
+Run with ``python -m pytest benchmarks/test_bench_ranks.py``, or as a program for a table of ratios: ranking every map
+the moment it exists (``at_once``) beside ranking with helper threads while the forward pass goes on (``beside``; at
+least one, so where :func:`pyprune.overlap.choose_helpers` gives none the table shows why). The networks are
 untrained and their images are noise: the maps of the first layers are at full rank, which is the dearest case for the
 kernel. A ratio is taken over interleaved passes of one run, since the speed of a machine drifts.
 """
@@ -17,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyprune import clustering, models
+from pyprune import clustering, machine, models, overlap
 from pyprune.clustering import KMeansOptions, k_range, search
 from pyprune.machine import keep_freed_memory
 from pyprune.ops._reference import matrix_rank
@@ -49,11 +51,26 @@ def rank(model: nn.Module, data: TensorDataset):
     return rank_filters(model, DataLoader(data, batch_size=BATCH), progress=False)
 
 
+def with_helpers(least: int, most: int, model: nn.Module, data: TensorDataset):
+    with pytest.MonkeyPatch.context() as patch:
+        choose = overlap.choose_helpers
+        patch.setattr(overlap, "choose_helpers", lambda threads, cpus: min(most, max(least, choose(threads, cpus))))
+        return rank(model, data)
+
+
+def at_once(model: nn.Module, data: TensorDataset):
+    return with_helpers(0, 0, model, data)
+
+
+def beside(model: nn.Module, data: TensorDataset):
+    return with_helpers(1, 64, model, data)
+
+
 def read_only(model: nn.Module, data: TensorDataset):
     """Everything but the kernel: maps are read and dropped."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyprune.ranks.matrix_rank", lambda maps: torch.zeros(maps.shape[:2], dtype=torch.int32))
-        return rank(model, data)
+        patch.setattr(overlap, "rank_at_once", lambda where, maps: np.zeros(maps.shape[:2], np.int32))
+        return at_once(model, data)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +80,7 @@ def data():
 
 
 @pytest.mark.benchmark(group="500 images of 3x32x32")
-@pytest.mark.parametrize("what", [forward, read_only, rank], ids=lambda what: what.__name__)
+@pytest.mark.parametrize("what", [forward, read_only, at_once, beside], ids=lambda what: what.__name__)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_ranking_beside_the_forward_pass(benchmark, name, what, data):
     model = network(name)
@@ -74,8 +91,11 @@ def test_ranking_beside_the_forward_pass(benchmark, name, what, data):
         assert torch.isfinite(found).all()
         return
     assert found.counts.tolist() == [IMAGES // CLASSES] * CLASSES
-    if what is rank:
+    if what is not read_only:
         check_first_layer(model, data)
+    if what is beside:
+        expected = at_once(model, data)
+        assert all(np.array_equal(found.layers[layer], R) for layer, R in expected.layers.items())
 
 
 def check_first_layer(model: nn.Module, data: TensorDataset) -> None:
@@ -90,12 +110,15 @@ def check_first_layer(model: nn.Module, data: TensorDataset) -> None:
     np.testing.assert_array_equal(accumulator.ranks().layers[first][:, 0], matrix_rank(maps[0].numpy()))
 
 
+PASSES = (forward, read_only, at_once, beside)
+
+
 def ratios(name: str, rounds: int) -> dict[str, float]:
     """Return the median seconds of each kind of pass over ``rounds`` interleaved ones."""
     model, data = network(name), images()
-    seconds: dict[str, list[float]] = {"forward": [], "read_only": [], "rank": []}
+    seconds: dict[str, list[float]] = {what.__name__: [] for what in PASSES}
     for _ in range(rounds + 1):
-        for what in (forward, read_only, rank):
+        for what in PASSES:
             began = time.perf_counter()
             what(model, data)
             seconds[what.__name__].append(time.perf_counter() - began)
@@ -118,10 +141,13 @@ def test_k_search(benchmark, jobs):
 
 
 if __name__ == "__main__":
-    print(f"threads {torch.get_num_threads()}, torch {torch.__version__}, medians of interleaved passes")
-    print("| network | forward, s | maps read and dropped, s | rank_filters, s | ratio | allowed |")
-    print("|---|---|---|---|---|---|")
+    threads, cpus = torch.get_num_threads(), machine.cpus()
+    print(f"threads {threads}, CPUs {cpus}, torch {torch.__version__}, medians of interleaved passes, seconds")
+    print(f"rank_filters uses {overlap.choose_helpers(threads, cpus)} helpers here")
+    print("| network | forward | maps read and dropped | ranked at once | ranked beside | ratios | allowed |")
+    print("|---|---|---|---|---|---|---|")
     for name in NETWORKS:
         found = ratios(name, int(sys.argv[1]) if len(sys.argv) > 1 else 7)
-        cells = [f"{found[what]:.3f}" for what in ("forward", "read_only", "rank")]
-        print(f"| {name} | {' | '.join(cells)} | {found['rank'] / found['forward']:.2f} | {ALLOWED[name]} |")
+        cells = " | ".join(f"{seconds:.3f}" for seconds in found.values())
+        both = ", ".join(f"{found[what] / found['forward']:.2f}" for what in ("at_once", "beside"))
+        print(f"| {name} | {cells} | {both} | {ALLOWED[name]} |")

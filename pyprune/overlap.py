@@ -10,8 +10,8 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -219,8 +219,15 @@ def rank_at_once(where: str, maps: torch.Tensor) -> Ranks:  # [N, F, H, W] -> [N
     ValueError
         If they cannot be ranked.
     """
-    try:
+    with refused(where):
         return matrix_rank(maps).cpu().numpy()  # type: ignore[no-any-return]
+
+
+@contextmanager
+def refused(where: str) -> Iterator[None]:
+    """Let errors of :func:`pyprune.matrix_rank` name the maps."""
+    try:
+        yield
     except (TypeError, ValueError) as error:
         raise ValueError(f"RankAccumulator: {where} cannot be ranked. {error}") from None
 
@@ -490,7 +497,7 @@ def _is_compiled(maps: torch.Tensor) -> bool:
 def variant(maps: torch.Tensor) -> str:
     """Return which variant of :func:`pyprune.matrix_rank` takes ``maps``."""
     name = str(maps.dtype).removeprefix("torch.")
-    return choose_rank(tuple(maps.shape), name, maps.device.type, machine.this_machine())
+    return choose_rank(maps.shape, name, maps.device.type, machine.this_machine(maps.device.index or 0))
 
 
 def _finite_ranks(maps: torch.Tensor, bad: torch.Tensor) -> torch.Tensor:

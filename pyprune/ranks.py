@@ -371,10 +371,11 @@ class RankAccumulator:
         self._images = len(maps)
         if self._expected is not None:
             self._check_labels(self._expected, self._images)
-        self.variants.add(overlap.variant(maps))
+        with overlap.refused(where):
+            self.variants.add(overlap.variant(maps))
         self._pending.add(node)
         queue = self._queue_on(maps.device)
-        if queue is None:
+        if queue is None or not maps.is_floating_point():  # which matrix_rank refuses
             self._rank_in_host(node, where, maps)
         else:
             queue.put(self._slots[node], maps, self._columns[node], node in self._lasting)

@@ -13,7 +13,8 @@ BASE = {
     "graph", "operations", "channels", "kinds", "rewiring",  # the traced network
     "checkpoints", "convolutions", "hrank",  # what people bring along
     "drawing",  # figures and pages
-    "features", "sampling", "aliases", "overlap", "clustering", "redundancy_plots", "slimfile", "slimsource",  # parts of one stage each
+    "features", "sampling", "aliases", "overlap",  # parts of ranking
+    "clustering", "redundancy_plots", "slimfile", "slimsource",  # parts of one stage each
     "benching",  # measures the kernels
 }  # fmt: skip
 KNOWS_THE_ORDER = {"__init__", "__main__", "pipeline", "demo", "cli"}
