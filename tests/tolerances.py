@@ -34,5 +34,9 @@ SCORE_INTERVAL = 1e-12
 """Ends of a Wilson interval by two formulas: a dozen float64 operations on numbers below 2."""
 
 SSIM_GATE = 1e-6
-"""Psi against float64: eight units of float32's rounding. A psi takes some ten roundings, and three approximations of up
-to two units each on a GPU, which rarely all point one way; the mean over channels evens them out."""
+"""Psi against float64: 17 units of float32's rounding (2^-24). A psi takes some twenty roundings, and three
+approximations of up to two units each on a GPU, which rarely all point one way; the mean over channels
+evens them out."""
+
+SSIM_FLOAT64 = 1e-13
+"""Psi in float64 lanes: some thirty roundings of 1e-16, and logarithms right to 1e-15 times exponents below ten."""

@@ -17,6 +17,7 @@ namespace pyprune {
 namespace {
 
 const SsimVariant* const kVariants[] = {
+    &kSsimScalar,
     &kSsimBaseline,
 #ifdef PYPRUNE_X86
     &kSsimAvx2,

@@ -21,12 +21,12 @@ namespace {
 
 using Index = std::ptrdiff_t;
 
-constexpr double kSerialSeconds = 2e-4;            // waking threads costs tens of microseconds
-constexpr double kTileSeconds = 0.01;              // between two looks for Ctrl-C, where channels can be cut
-constexpr std::size_t kPreparedBytes = 24u << 20;  // for prepared slices: what does not fit goes panel by panel
-constexpr Index kPanel = 512;                      // filters of a panel: a slice is prepared once for that many others
-constexpr Index kGroup = 4;                        // blocks per side of a tile, and
-constexpr Index kChannels = 64;                    // channels at a time: both sides share the second-level cache
+constexpr double kSerialSeconds = 2e-4;           // waking threads costs tens of microseconds
+constexpr double kTileSeconds = 0.01;             // between two looks for Ctrl-C, where channels can be cut
+constexpr std::size_t kPreparedBytes = 2u << 20;  // for prepared slices: what does not fit goes panel by panel
+constexpr Index kPanel = 512;                     // filters of a panel: a slice is prepared once for that many others
+constexpr Index kGroup = 4;                       // blocks per side of a tile, and
+constexpr Index kChannels = 64;                   // channels at a time: both sides share the second-level cache
 constexpr Index kNone = -1;
 
 // Aligned memory that reports failure by an exception.
@@ -214,6 +214,7 @@ struct Call {
   std::size_t number_bytes() const { return plan.wide ? 8 : 4; }
   // Bytes of one channel of one block.
   std::size_t channel_bytes() const { return static_cast<std::size_t>((K + kSsimRows) * kSsimBlock) * number_bytes(); }
+  std::size_t scratch_bytes() const { return static_cast<std::size_t>(ssim_gathered(K) * K * kSsimBlock) * 8; }
   // Seconds for so many slice pairs, roughly.
   double seconds(double slice_pairs) const {
     return slice_pairs * (static_cast<double>(K) + 26) / 35 / variant.speed * (plan.wide ? 6 : 1);
@@ -251,11 +252,10 @@ void run(Call& call, Index items, double seconds_each, const Task& task) {
 void prepare_panel(Call& call, Index block, Index blocks, Index first, Index channels, char* out) {
   const double each = call.seconds(static_cast<double>(channels) * kSsimBlock * 20);
   run(call, blocks, each, [&](Index b) {
-    thread_local std::vector<double> scratch;
-    scratch.resize(static_cast<std::size_t>(call.K * kSsimBlock));
+    const Memory scratch = allocate(call.scratch_bytes());
     Index filters[kSsimBlock];
     for (int l = 0; l < kSsimBlock; ++l) filters[l] = std::min((block + b) * kSsimBlock + l, call.w.F2 - 1);
-    call.variant.prepare(call.w, call.plan, filters, first, first + channels, scratch.data(),
+    call.variant.prepare(call.w, call.plan, filters, first, first + channels, static_cast<double*>(scratch.get()),
                          out + static_cast<std::size_t>(b * channels) * call.channel_bytes());
   });
 }
@@ -398,12 +398,12 @@ double chosen_pairs(Call& call, Ledger& ledger, const std::int64_t* pairs, Index
     const std::size_t side = static_cast<std::size_t>(slab) * call.channel_bytes();
     const Memory memory = allocate(2 * side);
     char *const x = static_cast<char*>(memory.get()), *const y = x + side;
-    std::vector<double> scratch(static_cast<std::size_t>(call.K * kSsimBlock));
+    const Memory scratch = allocate(call.scratch_bytes());
     double sums[kSsimBlock] = {};
     for (Index c = 0; c < F1; c += slab) {
       const Index stop = std::min(c + slab, F1);
-      call.variant.prepare(call.w, call.plan, filters[0], c, stop, scratch.data(), x);
-      call.variant.prepare(call.w, call.plan, filters[1], c, stop, scratch.data(), y);
+      call.variant.prepare(call.w, call.plan, filters[0], c, stop, static_cast<double*>(scratch.get()), x);
+      call.variant.prepare(call.w, call.plan, filters[1], c, stop, static_cast<double*>(scratch.get()), y);
       call.variant.each(call.plan, static_cast<int>(call.K), stop - c, x, y, sums);
     }
     for (Index l = 0; l < used; ++l) psi[static_cast<std::size_t>(first + l)] = call.psi(sums[l]);

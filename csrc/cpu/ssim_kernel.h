@@ -2,6 +2,8 @@
 //
 // Include it from one source file per instruction set, after defining PYPRUNE_LANES. Everything here has internal
 // linkage and nothing inline is shared with other files, so no code for one instruction set can end up in another.
+#include <type_traits>
+
 #include "half.h"
 #include "pyprune/ssim.h"
 
@@ -59,9 +61,9 @@ struct Floats {
   using Power = FloatPower;
   using Sum = IntFloat;  // psi in whole units: exact, so in any order
   static constexpr int kLanes = kFloats;
-  static constexpr Index kChannels = 64;  // between emptying the sums; at most kSsimExactChannels
+  static constexpr bool kDivideOnce = false;  // measured: a quarter faster than one division and five products
+  static constexpr Index kChannels = 64;      // between emptying the sums; at most kSsimExactChannels
 
-  static PYPRUNE_INLINE V one() { return broadcast(1.0f); }
   static PYPRUNE_INLINE V abs(V a) { return reinterpret_cast<V>(reinterpret_cast<IntFloat>(a) & 0x7fffffff); }
 #if PYPRUNE_LANES == 8
   static PYPRUNE_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
@@ -140,9 +142,9 @@ struct Doubles {
   using Power = double;
   using Sum = VecDouble;
   static constexpr int kLanes = kDoubles;
+  static constexpr bool kDivideOnce = false;
   static constexpr Index kChannels = 64;
 
-  static PYPRUNE_INLINE V one() { return broadcast(1.0); }
   static PYPRUNE_INLINE V abs(V a) { return reinterpret_cast<V>(reinterpret_cast<IntDouble>(a) & INT64_MAX); }
 #if PYPRUNE_LANES == 8
   static PYPRUNE_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
@@ -200,13 +202,18 @@ struct Doubles {
 PYPRUNE_INLINE VecDouble widen(const double* p) {
   return *reinterpret_cast<const VecDouble*>(p);
 }
-PYPRUNE_INLINE VecDouble widen(const float* p) {
-  const HalfFloat half = *reinterpret_cast<const HalfFloat*>(p);
+PYPRUNE_INLINE VecDouble widen_vector(VecDouble a) {
+  return a;
+}
+PYPRUNE_INLINE VecDouble widen_vector(HalfFloat a) {
 #if PYPRUNE_LANES == 8
-  return _mm512_maskz_cvtps_pd(0xff, half);
+  return _mm512_maskz_cvtps_pd(0xff, a);
 #else
-  return __builtin_convertvector(half, VecDouble);
+  return __builtin_convertvector(a, VecDouble);
 #endif
+}
+PYPRUNE_INLINE VecDouble widen(const float* p) {
+  return widen_vector(*reinterpret_cast<const HalfFloat*>(p));
 }
 PYPRUNE_INLINE void store(double* p, VecDouble a) {
   *reinterpret_cast<VecDouble*>(p) = a;
@@ -219,18 +226,36 @@ PYPRUNE_INLINE void store(float* p, VecDouble a) {
 #endif
 }
 
-// raw [K][kSsimBlock] to [K + kSsimRows][kSsimBlock].
-template <class Raw, class T>
-PYPRUNE_INLINE void prepare_slices(const Raw* raw, int K, const double (&scale)[2], double e, T* out) {
+// raw [K][kSsimBlock] to [K + kSsimRows][kSsimBlock]. kK: K where it is known, else 0.
+template <int kK, class Raw, class T>
+PYPRUNE_INLINE void prepare_slices(const Raw* raw, int given_K, const double (&scale)[2], double e, T* out) {
+  const int K = kK ? kK : given_K;
   const double shrink = 1 / __builtin_sqrt(static_cast<double>(K));
   for (int l = 0; l < kSsimBlock; l += kDoubles) {
-    const VecDouble first = widen(raw + l) * scale[0] * scale[1];
-    VecDouble sum = {}, square = {};
-    for (int k = 1; k < K; ++k) sum += widen(raw + k * kSsimBlock + l) * scale[0] * scale[1] - first;
+    const auto value = [&](int k) PYPRUNE_ALWAYS {
+      const VecDouble a = widen(raw + k * kSsimBlock + l);
+      if constexpr (std::is_same_v<Raw, float>) return a * (scale[0] * scale[1]);
+      return a * scale[0] * scale[1];
+    };
+    const VecDouble first = value(0);
+    VecDouble shifted[kK ? kK : 1], sum = {}, square = {};
+    PYPRUNE_UNROLL
+    for (int k = 1; k < K; ++k) {
+      const VecDouble a = value(k) - first;
+      if constexpr (kK != 0) shifted[k] = a;
+      sum += a;
+    }
     const VecDouble shift = sum / static_cast<double>(K), mean = first + shift;
+    PYPRUNE_UNROLL
     for (int k = 0; k < K; ++k) {
-      const VecDouble c = ((widen(raw + k * kSsimBlock + l) * scale[0] * scale[1] - first) - shift) * shrink;
-      square += c * c;
+      VecDouble c = -shift;
+      if constexpr (kK != 0) {
+        if (k > 0) c = shifted[k] - shift;
+      } else {
+        c = (value(k) - first) - shift;
+      }
+      c *= shrink;
+      square += c * c;  // not fused: the same bits for all variants
       store(out + k * kSsimBlock + l, c);
     }
     T* rows = out + K * kSsimBlock + l;
@@ -250,15 +275,78 @@ struct RawOf<double> {
   using Type = double;
 };
 
-template <class Source, class T>
-void prepare_block(const SsimWeights& w, const SsimPlan& plan, const Index* filters, Index first, Index last,
-                   double* scratch, T* block) {
-  using Raw = typename RawOf<Source>::Type;
-  const int K = static_cast<int>(w.K1 * w.K2);
-  Raw* raw = reinterpret_cast<Raw*>(scratch);
-  for (Index c = first; c < last; ++c, block += (K + kSsimRows) * kSsimBlock) {
+// Lower (half = 0) or upper half of a and b, interleaved.
+template <int half>
+PYPRUNE_INLINE VecFloat interleave(VecFloat a, VecFloat b) {
+  constexpr int o = half * kFloats / 2, n = kFloats;
+#if PYPRUNE_LANES == 2
+  constexpr IntFloat pick = {o, o + n, o + 1, o + 1 + n};
+#elif PYPRUNE_LANES == 4
+  constexpr IntFloat pick = {o, o + n, o + 1, o + 1 + n, o + 2, o + 2 + n, o + 3, o + 3 + n};
+#else
+  constexpr IntFloat pick = {o,     o + n,     o + 1, o + 1 + n, o + 2, o + 2 + n, o + 3, o + 3 + n,
+                             o + 4, o + 4 + n, o + 5, o + 5 + n, o + 6, o + 6 + n, o + 7, o + 7 + n};
+#endif
+#ifdef __clang__
+  VecFloat both;
+  PYPRUNE_UNROLL
+  for (int l = 0; l < kFloats; ++l) both[l] = pick[l] < n ? a[pick[l]] : b[pick[l] - n];
+  return both;
+#else
+  return __builtin_shuffle(a, b, pick);
+#endif
+}
+
+// Transposes a square of kFloats numbers of kFloats filters: each round is one perfect shuffle.
+PYPRUNE_INLINE void transpose(VecFloat (&v)[kFloats]) {
+  PYPRUNE_UNROLL
+  for (int round = 1; round < kFloats; round *= 2) {
+    VecFloat w[kFloats];
+    PYPRUNE_UNROLL
+    for (int i = 0; i < kFloats / 2; ++i) {
+      w[2 * i] = interleave<0>(v[i], v[i + kFloats / 2]);
+      w[2 * i + 1] = interleave<1>(v[i], v[i + kFloats / 2]);
+    }
+    PYPRUNE_UNROLL
+    for (int i = 0; i < kFloats; ++i) v[i] = w[i];
+  }
+}
+
+// Runs of adjacent weights, one of each filter, to raw [count][kSsimBlock].
+void gather_runs(const float* const* runs, Index count, float* raw) {
+  typedef float Unaligned __attribute__((vector_size(4 * kFloats), aligned(4), may_alias));
+  Index k = 0;
+  for (; k + kFloats <= count; k += kFloats) {
+    for (int group = 0; group < kSsimBlock; group += kFloats) {
+      VecFloat v[kFloats];
+      PYPRUNE_UNROLL
+      for (int l = 0; l < kFloats; ++l) v[l] = *reinterpret_cast<const Unaligned*>(runs[group + l] + k);
+      transpose(v);
+      PYPRUNE_UNROLL
+      for (int l = 0; l < kFloats; ++l) *reinterpret_cast<VecFloat*>(raw + (k + l) * kSsimBlock + group) = v[l];
+    }
+  }
+  for (; k < count; ++k) {
+    for (int l = 0; l < kSsimBlock; ++l) raw[k * kSsimBlock + l] = runs[l][k];
+  }
+}
+
+// Channels [first, last) of kSsimBlock filters to raw [channel][K][kSsimBlock].
+template <class Source, class Raw>
+void gather(const SsimWeights& w, const Index* filters, Index first, Index last, Raw* raw) {
+  const Index K = w.K1 * w.K2;
+  const Source* start[kSsimBlock];
+  for (int l = 0; l < kSsimBlock; ++l) {
+    start[l] = static_cast<const Source*>(w.data) + filters[l] * w.stride_f2 + first * w.stride_f1;
+  }
+  if constexpr (std::is_same_v<Source, float>) {
+    if (w.stride_f1 == K && w.stride_k2 == 1 && w.stride_k1 == w.K2) {
+      return gather_runs(start, (last - first) * K, raw);
+    }
+  }
+  for (Index c = 0; c < last - first; ++c, raw += K * kSsimBlock) {
     for (int l = 0; l < kSsimBlock; ++l) {
-      const Source* slice = static_cast<const Source*>(w.data) + filters[l] * w.stride_f2 + c * w.stride_f1;
+      const Source* slice = start[l] + c * w.stride_f1;
       Raw* to = raw + l;
       for (Index i = 0; i < w.K1; ++i) {
         for (Index j = 0; j < w.K2; ++j, to += kSsimBlock) {
@@ -266,7 +354,29 @@ void prepare_block(const SsimWeights& w, const SsimPlan& plan, const Index* filt
         }
       }
     }
-    prepare_slices(raw, K, plan.scale, plan.formula.e, block);
+  }
+}
+
+// A few channels at a time: vectors read too soon after the single numbers were written would have to wait for them.
+template <class Source, class T>
+void prepare_block(const SsimWeights& w, const SsimPlan& plan, const Index* filters, Index first, Index last,
+                   double* scratch, T* block) {
+  using Raw = typename RawOf<Source>::Type;
+  const int K = static_cast<int>(w.K1 * w.K2);
+  const Index some = ssim_gathered(K);
+  const double e = plan.formula.e;
+  Raw* raw = reinterpret_cast<Raw*>(scratch);
+  for (Index start = first; start < last; start += some) {
+    const Index stop = start + some < last ? start + some : last;
+    gather<Source>(w, filters, start, stop, raw);
+    const Raw* slices = raw;
+    for (Index c = start; c < stop; ++c, slices += K * kSsimBlock, block += (K + kSsimRows) * kSsimBlock) {
+      if (K == 9) {
+        prepare_slices<9>(slices, K, plan.scale, e, block);
+      } else {
+        prepare_slices<0>(slices, K, plan.scale, e, block);
+      }
+    }
   }
 }
 
@@ -294,23 +404,104 @@ void prepare(const SsimWeights& w, const SsimPlan& plan, const Index* filters, I
   }
 }
 
-// The largest weight, the sum of squares and the number of weights that are not finite, of one filter.
+// The bits of a number without its sign: they grow with it, and those of infinity and NaN are the largest.
+PYPRUNE_INLINE std::int64_t magnitude(double a) {
+  std::int64_t bits;
+  __builtin_memcpy(&bits, &a, sizeof bits);
+  return bits & INT64_MAX;
+}
+
+// Sixteen sums whatever the instruction set, so that it does not show in the result.
+struct Scan {
+  double square[16];
+  std::int64_t largest;
+
+  SsimScan result(Index not_finite) const {
+    double sums[16];
+    for (int l = 0; l < 16; ++l) sums[l] = square[l];
+    for (int half = 8; half > 0; half /= 2) {
+      for (int l = 0; l < half; ++l) sums[l] += sums[l + half];
+    }
+    double top;
+    __builtin_memcpy(&top, &largest, sizeof top);
+    return {top, sums[0], not_finite};
+  }
+};
+
+// A dense filter, as a run of so many numbers.
 template <class Source>
-SsimScan scan_filter(const SsimWeights& w, const Source* filter, double scale) {
-  double square[4] = {0, 0, 0, 0}, largest = 0;
-  Index bad = 0;
+Scan scan_run(const Source* run, Index count, double scale) {
+  using Raw = typename RawOf<Source>::Type;
+  constexpr int kVectors = 16 / kDoubles;
+  VecDouble square[kVectors] = {};
+  IntDouble largest[kVectors] = {};
+  const auto take = [&](const Raw* raw) PYPRUNE_ALWAYS {
+    PYPRUNE_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      typedef Raw Unaligned __attribute__((vector_size(sizeof(Raw) * kDoubles), aligned(sizeof(Raw)), may_alias));
+      const VecDouble a = widen_vector(*reinterpret_cast<const Unaligned*>(raw + v * kDoubles));
+      const IntDouble bits = reinterpret_cast<IntDouble>(a) & INT64_MAX;
+      const VecDouble scaled = a * scale;
+      largest[v] = bits > largest[v] ? bits : largest[v];
+      square[v] += scaled * scaled;
+    }
+  };
+  Index n = 0;
+  if constexpr (std::is_same_v<Source, Raw>) {
+    for (; n + 16 <= count; n += 16) take(run + n);
+  }
+  for (; n < count; n += 16) {
+    Raw raw[16] = {};
+    for (Index l = 0; l < 16 && n + l < count; ++l) raw[l] = static_cast<Raw>(value_of(run[n + l]));
+    take(raw);
+  }
+  Scan scan{};
+  for (int l = 0; l < 16; ++l) {
+    scan.square[l] = square[l / kDoubles][l % kDoubles];
+    const std::int64_t bits = largest[l / kDoubles][l % kDoubles];
+    scan.largest = bits > scan.largest ? bits : scan.largest;
+  }
+  return scan;
+}
+
+template <class Source, class Visitor>
+void for_each_weight(const SsimWeights& w, const Source* filter, const Visitor& visit) {
   for (Index c = 0; c < w.F1; ++c) {
     for (Index i = 0; i < w.K1; ++i) {
-      const Source* row = filter + c * w.stride_f1 + i * w.stride_k1;
       for (Index j = 0; j < w.K2; ++j) {
-        const double a = __builtin_fabs(value_of(row[j * w.stride_k2]));
-        bad += !(a <= 1.7976931348623157e308);
-        largest = a > largest ? a : largest;
-        square[j & 3] += (a * scale) * (a * scale);
+        visit(value_of(filter[c * w.stride_f1 + i * w.stride_k1 + j * w.stride_k2]));
       }
     }
   }
-  return {largest, (square[0] + square[1]) + (square[2] + square[3]), bad};
+}
+
+// Whether a filter's weights lie side by side, in whatever order: contiguous, or channels last.
+bool dense(const SsimWeights& w) {
+  const Index K = w.K1 * w.K2;
+  return (w.stride_k2 == 1 && w.stride_k1 == w.K2 && w.stride_f1 == K) ||
+         (w.stride_f1 == 1 && w.stride_k2 == w.F1 && w.stride_k1 == w.K2 * w.F1);
+}
+
+template <class Source>
+SsimScan scan_filter(const SsimWeights& w, const Source* filter, double scale) {
+  Scan scan{};
+  if (dense(w)) {
+    scan = scan_run(filter, w.F1 * w.K1 * w.K2, scale);
+  } else {
+    int l = 0;
+    for_each_weight(w, filter, [&](double a) {
+      const std::int64_t bits = magnitude(a);
+      scan.largest = bits > scan.largest ? bits : scan.largest;
+      scan.square[l] += (a * scale) * (a * scale);
+      l = (l + 1) % 16;
+    });
+  }
+  constexpr std::int64_t kInfinity = 0x7ff0000000000000;
+  Index not_finite = 0;
+  if (scan.largest >= kInfinity) {
+    for_each_weight(w, filter, [&](double a) { not_finite += magnitude(a) >= kInfinity; });
+  }
+  return scan.result(not_finite);
 }
 
 SsimScan scan(const SsimWeights& w, Index filter, double scale) {
@@ -353,13 +544,47 @@ struct Formula {
         gamma(Ops::load(f.gamma)) {}
 };
 
+// sxy: not looked at for K = 1.
 template <class Ops, int kK, SsimForm form, class X, class Y>
-PYPRUNE_INLINE typename Ops::V psi_of(const X& x, const Y& y, int K, const Formula<Ops>& f) {
+PYPRUNE_INLINE typename Ops::V psi_of(const X& x, const Y& y, int K, typename Ops::V sxy, const Formula<Ops>& f) {
   const SliceNumbers<typename Ops::V> nx = numbers<Ops>(x, K), ny = numbers<Ops>(y, K);
   if constexpr (kK == 1) {
     return ssim_psi_of_points<Ops, form>(nx, ny, f.terms, f.alpha);
   } else {
-    return ssim_psi<Ops, form>(nx, ny, ssim_covariance<Ops>(x, y, K), f.terms, f.alpha, f.beta, f.gamma);
+    return ssim_psi<Ops, form>(nx, ny, sxy, f.terms, f.alpha, f.beta, f.gamma);
+  }
+}
+
+template <class Ops, int kK, SsimForm form, class X, class Y>
+PYPRUNE_INLINE typename Ops::V psi_of(const X& x, const Y& y, int K, const Formula<Ops>& f) {
+  if constexpr (kK == 1) return psi_of<Ops, kK, form>(x, y, K, typename Ops::V{}, f);
+  return psi_of<Ops, kK, form>(x, y, K, ssim_covariance<Ops>(x, y, K), f);
+}
+
+// ssim_covariance of some filters of x with the same vector of y, which is read once for all.
+template <class Ops, int kFilters, class Y>
+PYPRUNE_INLINE void covariances(const typename Ops::T* x, const Y& y, int K, typename Ops::V* sums) {
+  using V = typename Ops::V;
+  const auto one = [&](int i, int k) PYPRUNE_ALWAYS { return broadcast(x[k * kSsimBlock + i]); };
+  const int head = ssim_head(K);
+  V held[9];
+  held[0] = y(0);
+  PYPRUNE_UNROLL
+  for (int i = 0; i < kFilters; ++i) sums[i] = one(i, 0) * held[0];
+  for (int k = 1; k < head; ++k) {
+    held[0] = y(k);
+    PYPRUNE_UNROLL
+    for (int i = 0; i < kFilters; ++i) sums[i] = Ops::fma(one(i, k), held[0], sums[i]);
+  }
+  for (int k = head; k < K; k += 9) {
+    PYPRUNE_UNROLL
+    for (int n = 0; n < 9; ++n) held[n] = y(k + n);
+    PYPRUNE_UNROLL
+    for (int i = 0; i < kFilters; ++i) {
+      const auto from_x = [&](int n) PYPRUNE_ALWAYS { return one(i, k + n); };
+      const auto from_y = [&](int n) PYPRUNE_ALWAYS { return held[n]; };
+      sums[i] = sums[i] + ssim_nine<Ops>(from_x, from_y, 0);
+    }
   }
 }
 
@@ -386,10 +611,16 @@ void all_pairs(const SsimFormula& formula, int given_K, Index channels, const ty
             Ops::add(sum[i][v], psi_of<Ops, kK, form>(from_x, from_y, K, f));
           }
         } else {
+          constexpr int kFilters = 4;
           const auto from_y = [&](int k) PYPRUNE_ALWAYS { return at<Ops>(lanes + k * kSsimBlock); };
-          for (int i = 0; i < kSsimBlock; ++i) {
-            const auto from_x = [&](int k) PYPRUNE_ALWAYS { return broadcast(x[k * kSsimBlock + i]); };
-            Ops::add(sum[i][v], psi_of<Ops, kK, form>(from_x, from_y, K, f));
+          for (int start_i = 0; start_i < kSsimBlock; start_i += kFilters) {
+            typename Ops::V sxy[kFilters];
+            covariances<Ops, kFilters>(x + start_i, from_y, K, sxy);
+            PYPRUNE_UNROLL
+            for (int i = 0; i < kFilters; ++i) {
+              const auto from_x = [&](int k) PYPRUNE_ALWAYS { return broadcast(x[k * kSsimBlock + start_i + i]); };
+              Ops::add(sum[start_i + i][v], psi_of<Ops, kK, form>(from_x, from_y, K, sxy[i], f));
+            }
           }
         }
       }

@@ -39,6 +39,11 @@ struct SsimPlan {
 
 constexpr int kSsimBlock = 16;  // filters whose slices lie side by side in memory
 
+// How many channels of a block are gathered before they are prepared.
+static inline std::ptrdiff_t ssim_gathered(std::ptrdiff_t K) {
+  return K < 16 ? 16 : K < 256 ? 256 / K : 1;
+}
+
 // One variant. A prepared block holds kSsimBlock filters over some channels: [channel][K + kSsimRows][kSsimBlock],
 // float, or double in float64 lanes; 64-byte aligned.
 struct SsimVariant {
@@ -47,7 +52,8 @@ struct SsimVariant {
   bool (*supported)();
   double speed;  // rough, in slice pairs of 3 x 3 a second on one thread
   SsimScan (*scan)(const SsimWeights&, std::ptrdiff_t filter, double scale);
-  // Prepares channels [first, last) of these kSsimBlock filters. scratch: K * kSsimBlock doubles.
+  // Prepares channels [first, last) of these kSsimBlock filters.
+  // scratch: ssim_gathered(K) * K * kSsimBlock doubles, 64-byte aligned.
   void (*prepare)(const SsimWeights&, const SsimPlan&, const std::ptrdiff_t* filters, std::ptrdiff_t first,
                   std::ptrdiff_t last, double* scratch, void* block);
   // Adds psi * unit over the channels to sums [kSsimBlock][kSsimBlock] (x, y), for all pairs of two blocks.
@@ -57,6 +63,7 @@ struct SsimVariant {
 };
 
 extern const SsimVariant kSsimBaseline, kSsimAvx2, kSsimAvx512;  // the latter two on x86-64 only
+extern const SsimVariant kSsimScalar;                            // scalar, for tests
 
 // Where results go; null where they are not wanted. Psi is rounded to float first, unless the weights are float64.
 struct SsimResult {

@@ -8,7 +8,7 @@
 //   s = sqrt(sum_k c_k^2)          the deviation
 //   q = mean^2 + e/2, r = s^2 + e/2    so that denominators are sums
 //
-// and rounds these K + 4 numbers once. The formula then is, with one division whatever the exponents,
+// and rounds these K + 4 numbers once. The formula then is
 //
 //   L = (mx my + e) / (qx + qy),  C = (2 sx sy + e) / (rx + ry),  S = (|sxy| + e) / (sx sy + e),
 //   psi = L^alpha C^beta S^gamma.
@@ -16,8 +16,9 @@
 // Every operation below is symmetric in x and y, so psi(x, y) and psi(y, x) have the same bits.
 //
 // Ops says what the numbers are: a type V with + * /, and fma, abs, sqrt and power(x, exponent). Every product that is
-// added is an explicit fma; compile with -ffp-contract=off and all that have a fused one give the same bits.
-// Unnamed namespace: no file may pick up another instruction set's copy of an inline function.
+// added is an explicit fma; kDivideOnce says that a division costs more than five products, and asks for one(). Compile
+// with -ffp-contract=off and all that have a fused one give the same bits. Unnamed namespace: no file may pick up
+// another instruction set's copy of an inline function.
 #pragma once
 
 #include <cmath>
@@ -86,19 +87,19 @@ PYPRUNE_HOST_DEVICE typename Ops::V ssim_psi(const SliceNumbers<typename Ops::V>
   const V c_above = Ops::fma(x.s, y.s, s_below), c_below = x.r + y.r;
   const V above = c_above * s_above, below = c_below * s_below;
   if constexpr (form == SsimForm::alpha_zero) {
-    return terms.unit * above / below;
+    return (terms.unit * above) / below;
   } else if constexpr (form == SsimForm::alpha_one) {
-    return terms.unit * (above * l_above) / (below * l_below);
+    return (terms.unit * (above * l_above)) / (below * l_below);
   } else if constexpr (form == SsimForm::all_powers) {
+    return Ops::power(l_above / l_below, alpha) *
+           (Ops::power(c_above / c_below, beta) * Ops::power(s_above / s_below, gamma));
+  } else if constexpr (form == SsimForm::alpha_half) {
+    return (terms.unit * Ops::sqrt(l_above / l_below)) * (above / below);
+  } else if constexpr (Ops::kDivideOnce) {
     const V inverse = Ops::one() / (below * l_below);
-    const V ls = inverse * c_below, cs = inverse * l_below;  // 1 / (l_below s_below), 1 / (c_below s_below)
-    const V L = (l_above * ls) * s_below, C = (c_above * cs) * s_below, S = (s_above * cs) * c_below;
-    return Ops::power(L, alpha) * (Ops::power(C, beta) * Ops::power(S, gamma));
+    return Ops::power(l_above * (below * inverse), alpha) * (above * (l_below * inverse));
   } else {
-    const V inverse = Ops::one() / (below * l_below);
-    const V L = l_above * (below * inverse), CS = above * (l_below * inverse);
-    if constexpr (form == SsimForm::alpha_half) return (Ops::sqrt(L) * terms.unit) * CS;
-    return Ops::power(L, alpha) * CS;
+    return Ops::power(l_above / l_below, alpha) * (above / below);
   }
 }
 
@@ -131,7 +132,7 @@ PYPRUNE_HOST_DEVICE float float_of(std::uint32_t bits) {
 struct ScalarFloat {
   using V = float;
   using Power = SsimPower;
-  static PYPRUNE_HOST_DEVICE V one() { return 1; }
+  static constexpr bool kDivideOnce = false;
   static PYPRUNE_HOST_DEVICE V fma(V a, V b, V c) { return ::fmaf(a, b, c); }
   static PYPRUNE_HOST_DEVICE V abs(V a) { return ::fabsf(a); }
   static PYPRUNE_HOST_DEVICE V sqrt(V a) { return ::sqrtf(a); }
@@ -147,7 +148,7 @@ struct ScalarFloat {
 struct ScalarDouble {
   using V = double;
   using Power = SsimPower;
-  static PYPRUNE_HOST_DEVICE V one() { return 1; }
+  static constexpr bool kDivideOnce = false;
   static PYPRUNE_HOST_DEVICE V fma(V a, V b, V c) { return ::fma(a, b, c); }
   static PYPRUNE_HOST_DEVICE V abs(V a) { return ::fabs(a); }
   static PYPRUNE_HOST_DEVICE V sqrt(V a) { return ::sqrt(a); }
@@ -165,12 +166,17 @@ PYPRUNE_HOST_DEVICE typename Ops::V ssim_nine(const X& x, const Y& y, int k) {
   return (a + b) + c;
 }
 
+// How many of K values come before the nines.
+PYPRUNE_HOST_DEVICE int ssim_head(int K) {
+  return K % 9 == 0 ? 9 : K % 9;
+}
+
 template <class Ops, class X, class Y>
 PYPRUNE_HOST_DEVICE typename Ops::V ssim_covariance(const X& x, const Y& y, int K) {
   using V = typename Ops::V;
   if (K == 9) return ssim_nine<Ops>(x, y, 0);
   V sum = x(0) * y(0);
-  const int head = K % 9 == 0 ? 9 : K % 9;
+  const int head = ssim_head(K);
   for (int k = 1; k < head; ++k) sum = Ops::fma(x(k), y(k), sum);
   for (int k = head; k < K; k += 9) sum = sum + ssim_nine<Ops>(x, y, k);
   return sum;

@@ -119,6 +119,7 @@ struct TileFloat {
     float a;
   };
   using Number = float;
+  static constexpr bool kDivideOnce = true;
   static PYPRUNE_TEAM V one() { return {1}; }
   static PYPRUNE_TEAM V fma(V a, V b, V c) { return {multiply_add(a.v, b.v, c.v)}; }
   static PYPRUNE_TEAM V abs(V a) { return {::fabsf(a.v)}; }
