@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from pyprune.ops import rank
+from pyprune.ops import rank, ssim
 
 _NAMESPACE: Any = torch.ops.pyprune
 
@@ -66,4 +66,11 @@ matrix_rank = operator(
     rank.on_tensor,
     rank.on_fake,
     rank.on_batch,
+)
+
+kernel_ssim = operator(
+    "kernel_ssim(Tensor w, float alpha=0.1, float beta=1.0, float gamma=1.0, float eps=0.01, "
+    "float? eps_absolute=None, str variant='auto') -> Tensor",
+    ssim.on_tensor,
+    ssim.on_fake,
 )

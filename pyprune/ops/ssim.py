@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,14 @@ import numpy.typing as npt
 
 from pyprune import machine
 from pyprune.machine import Machine
-from pyprune.ops import _reference
+from pyprune.ops import _dlpack, _finite, _reference
 
 if TYPE_CHECKING:
     import torch
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+_GPU_VARIANTS = {"cuda_tile": "pyprune.ops._cuda_ssim", "triton_tile": "pyprune.ops._triton.ssim"}
 
 _RESHAPE = {
     2: "Pass them before flattening.",
@@ -101,15 +104,22 @@ class SsimStatistics:
 
 
 def choose_ssim(shape: Sequence[int], dtype: str, device: str, machine: Machine) -> str:  # shape: [F2, F1, K1, K2]
-    """Return the variant for such weights: 'cpu_avx512', 'cpu_avx2', 'cpu_baseline', 'reference' or 'torch_chunked'."""
-    if device != "cpu":
-        return "torch_chunked"
-    return machine.cpu_variants[-1] if machine.cpu_variants else "reference"
+    """Return the variant for such weights.
+
+    On the CPU the fastest native one, or ``"reference"``; on a GPU the compiled kernels, ``"cuda_tile"``, without them
+    ``"triton_tile"``, and without either, or on another device, ``"torch_chunked"``.
+    """
+    if device == "cpu":
+        return machine.cpu_variants[-1] if machine.cpu_variants else "reference"
+    return next(name for name in ssim_variants(machine, device))
 
 
-def ssim_variants(machine: Machine) -> tuple[str, ...]:
-    """Return the names that ``variant=`` takes on such a machine."""
-    return (*machine.cpu_variants, "reference", "torch_chunked")
+def ssim_variants(machine: Machine, device: str = "cpu") -> tuple[str, ...]:
+    """Return the names that ``variant=`` takes on such a machine for weights on such a device."""
+    native = (*machine.cpu_variants, "reference") if device == "cpu" else ()
+    compiled = ("cuda_tile",) if device == "cuda" and machine.cuda else ()
+    triton = ("triton_tile",) if machine.triton == device else ()
+    return (*native, *compiled, *triton, "torch_chunked")
 
 
 def kernel_ssim(
@@ -167,7 +177,52 @@ def kernel_ssim(
     array([[1., 1.],
            [1., 1.]], dtype=float32)
     """
-    return _run(w, Constants(alpha, beta, gamma, eps, eps_absolute), variant)[0]
+    if isinstance(w, np.ndarray):
+        return _run(w, Constants(alpha, beta, gamma, eps, eps_absolute), variant)[0]
+    _check_array(w)
+    from pyprune.ops import _library
+
+    if _library.is_tensor(w):
+        return _library.kernel_ssim(w.detach(), alpha, beta, gamma, eps, eps_absolute, variant)
+    with _dlpack.stream_of(w):
+        here = _dlpack.view(w)
+        psi = kernel_ssim(
+            here, alpha=alpha, beta=beta, gamma=gamma, eps=eps, eps_absolute=eps_absolute, variant=variant
+        )
+        return _dlpack.like(w, psi)
+
+
+def on_tensor(
+    w: torch.Tensor,
+    alpha: float = 0.1,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    eps: float = 1e-2,
+    eps_absolute: float | None = None,
+    variant: str = "auto",
+) -> torch.Tensor:
+    """Compute the operator ``pyprune::kernel_ssim``; w: [F2, F1, K1, K2] -> [F2, F2]."""
+    psi, _ = _run(w.detach(), Constants(alpha, beta, gamma, eps, eps_absolute), variant)
+    return psi  # type: ignore[no-any-return]
+
+
+def on_fake(
+    w: torch.Tensor,
+    alpha: float = 0.1,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    eps: float = 1e-2,
+    eps_absolute: float | None = None,
+    variant: str = "auto",
+) -> torch.Tensor:
+    """Return what :func:`on_tensor` would, without values, and refuse what it would refuse unseen."""
+    import torch
+
+    Constants(alpha, beta, gamma, eps, eps_absolute)
+    _check_weights(w.shape, _dtype_name(w))
+    if variant != "auto":
+        _resolve(variant, w.shape, _dtype_name(w), w.device.type, machine.this_machine())
+    return w.new_empty((w.shape[0], w.shape[0]), dtype=torch.float64 if w.dtype == torch.float64 else torch.float32)
 
 
 def kernel_ssim_statistics(
@@ -224,25 +279,63 @@ def kernel_ssim_statistics(
     (28, True, 3)
     """
     constants = Constants(alpha, beta, gamma, eps, eps_absolute)
-    weights, name = _prepare(w, variant)
-    wanted = _wanted(thresholds, bins, top, nearest, pairs, weights.shape[0])
-    return _statistics(weights, constants, wanted, name)
+    _check_array(w)
+    with _dlpack.stream_of(w):
+        weights = _in_place(w)
+        name, _ = _prepare(weights, variant)
+        wanted = _wanted(thresholds, bins, top, nearest, pairs, weights.shape[0])
+        return _statistics(weights, constants, wanted, name)
 
 
 def _run(w: Any, constants: Constants, variant: str = "auto") -> tuple[Any, str]:
-    """Return Psi and the variant that computed it."""
-    weights, name = _prepare(w, variant)
-    return _like(w, _matrix(weights, constants, name)), name
+    """Return Psi of an array or tensor, and the variant that computed it."""
+    name, on_gpu = _prepare(w, variant)
+    if on_gpu and not _finite.capturing():
+        _finite.poll(w.device)
+    psi = _matrix(w, constants, name)
+    if isinstance(w, np.ndarray) == isinstance(psi, np.ndarray):
+        return psi, name
+    if isinstance(w, np.ndarray):
+        return psi.numpy(), name
+    import torch
+
+    return torch.from_numpy(psi), name
 
 
-def _prepare(w: Any, variant: str) -> tuple[Any, str]:
-    """Return the weights as an array or a tensor, checked, and the variant for them."""
-    weights = w if isinstance(w, np.ndarray) else _as_tensor(w)
-    shape = tuple(weights.shape)
-    if isinstance(weights, np.ndarray):
-        dtype, device = weights.dtype.name, "cpu"
+def _prepare(w: Any, variant: str) -> tuple[str, bool]:
+    """Check an array or tensor; return the variant for it, and whether a GPU counts what is not finite there."""
+    dtype = _dtype_name(w)
+    _check_weights(w.shape, dtype)
+    if isinstance(w, np.ndarray):
+        name = _resolve(variant, w.shape, dtype, "cpu", machine.this_machine())
+        on_gpu = False
     else:
-        dtype, device = str(weights.dtype).removeprefix("torch."), weights.device.type
+        name = _resolve(variant, w.shape, dtype, w.device.type, machine.this_machine(w.device.index or 0))
+        on_gpu = w.is_cuda and name in _GPU_VARIANTS
+    if name.startswith("cpu") or on_gpu:
+        return name, on_gpu  # the kernel looks for NaN itself
+    finite = np.isfinite(w) if isinstance(w, np.ndarray) else w.isfinite()
+    bad = math.prod(w.shape) - int(finite.sum())
+    if bad:
+        raise ValueError(f"kernel_ssim: weights must be finite; {bad} of {math.prod(w.shape)} are NaN or infinite.")
+    return name, False
+
+
+def _check_array(w: Any) -> None:
+    if not isinstance(w, np.ndarray) and not hasattr(w, "__dlpack__"):
+        raise TypeError(f"kernel_ssim: w must be a torch tensor, a numpy array or have __dlpack__; got {type(w)!r}.")
+
+
+def _in_place(w: Any) -> Any:
+    """Return any array as numpy's or a tensor, without a copy."""
+    if isinstance(w, np.ndarray):
+        return w
+    from pyprune.ops import _library
+
+    return w.detach() if _library.is_tensor(w) else _dlpack.view(w)
+
+
+def _check_weights(shape: Sequence[int], dtype: str) -> None:
     if dtype not in _FLOATS:
         raise TypeError(f"kernel_ssim: weights must be {', '.join(_FLOATS)}; got {dtype}. Convert them to float32.")
     if len(shape) != 4:
@@ -250,40 +343,38 @@ def _prepare(w: Any, variant: str) -> tuple[Any, str]:
         raise ValueError(f"kernel_ssim: weights must be [F2, F1, K1, K2]; got {list(shape)}. {how}".rstrip())
     if 0 in shape:
         raise ValueError(f"kernel_ssim: weights [F2, F1, K1, K2] must not be empty; got {list(shape)}.")
-    name = _resolve(variant, shape, dtype, device)
-    if name in machine.this_machine().cpu_variants:
-        return weights, name  # the kernel looks for NaN itself
-    finite = np.isfinite(weights) if isinstance(weights, np.ndarray) else weights.isfinite()
-    bad = math.prod(shape) - int(finite.sum())
-    if bad:
-        raise ValueError(f"kernel_ssim: weights must be finite; {bad} of {math.prod(shape)} are NaN or infinite.")
-    return weights, name
 
 
-def _as_tensor(w: Any) -> torch.Tensor:
-    if not hasattr(w, "__dlpack__"):
-        raise TypeError(f"kernel_ssim: w must be a torch tensor, a numpy array or have __dlpack__; got {type(w)!r}.")
-    import torch
-
-    return w.detach() if isinstance(w, torch.Tensor) else torch.utils.dlpack.from_dlpack(w)
+def _dtype_name(w: Any) -> str:
+    return w.dtype.name if isinstance(w, np.ndarray) else str(w.dtype)[6:]  # without "torch."
 
 
-def _resolve(variant: str, shape: Sequence[int], dtype: str, device: str) -> str:
-    here = machine.this_machine()
+def _resolve(variant: str, shape: Sequence[int], dtype: str, device: str, here: Machine) -> str:
+    """Return the variant to run, after checking that a forced one can."""
     if variant == "auto":
         return choose_ssim(shape, dtype, device, here)
-    if variant not in ssim_variants(here):
-        why = machine.cpu_variants().get(variant, "")
-        raise ValueError(
-            f"kernel_ssim: variant {variant!r} is {f'not usable: {why}' if why else 'unknown'}; "
-            f"here are auto, {', '.join(ssim_variants(here))}."
-        )
-    if device != "cpu" and variant != "torch_chunked":
-        raise ValueError(
-            f"kernel_ssim: variant {variant!r} takes weights in host memory; these are on {device}. "
-            "Pass w.cpu(), or variant='torch_chunked'."
-        )
-    return variant
+    names = ssim_variants(here, device)
+    if variant in names:
+        return variant
+    some = f"here are auto, {', '.join(names)}"
+    reasons = {
+        **machine.cpu_variants(),
+        "reference": "",
+        "cuda_tile": "" if here.cuda else machine.cuda_reason(),
+        "triton_tile": "" if here.triton else machine.triton_reason(bool(here.cuda) or device == "cuda"),
+    }
+    if variant not in reasons:
+        near = difflib.get_close_matches(variant, names, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"kernel_ssim: variant {variant!r} is unknown; {some}.{hint}")
+    if reasons[variant]:
+        raise ValueError(f"kernel_ssim: variant {variant!r} is not usable: {reasons[variant]}; {some}.")
+    place = {"cuda_tile": "cuda", "triton_tile": here.triton}.get(variant, "cpu")
+    held = "in host memory" if place == "cpu" else "on a GPU"
+    where = "in host memory" if device == "cpu" else f"on {device}"
+    raise ValueError(
+        f"kernel_ssim: variant {variant!r} takes weights {held}; these are {where}. Pass w.to({place!r}); {some}."
+    )
 
 
 def _values(constants: Constants) -> tuple[float, float, float, float, float | None]:
@@ -294,6 +385,8 @@ def _matrix(weights: Any, constants: Constants, name: str) -> Any:
     """Return Psi [F2, F2], a tensor or an array."""
     if name == "torch_chunked":
         return _torch_matrix(weights, constants)
+    if name in _GPU_VARIANTS:
+        return _gpu_kernel(name).matrices([_tensor(weights)], [_values(constants)], _counter(weights))[0]
     array, dtype = _in_memory(weights)
     if name != "reference":
         from pyprune import _core
@@ -301,6 +394,21 @@ def _matrix(weights: Any, constants: Constants, name: str) -> Any:
         return _core.ssim_matrix(array, _values(constants), name, machine.threads(), dtype)
     array = _widened(array, dtype)
     return _reference.kernel_ssim(array, *_values(constants)).astype(_result(array.dtype))
+
+
+def _gpu_kernel(name: str) -> Any:
+    return importlib.import_module(_GPU_VARIANTS[name])
+
+
+def _tensor(weights: Any) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(np.array(weights)) if isinstance(weights, np.ndarray) else weights
+
+
+def _counter(weights: Any) -> torch.Tensor | None:
+    on_gpu = not isinstance(weights, np.ndarray) and weights.is_cuda
+    return _finite.counter(weights.device, "kernel_ssim") if on_gpu and not _finite.capturing() else None
 
 
 def _in_memory(weights: Any) -> tuple[npt.NDArray[Any], str]:
@@ -371,7 +479,9 @@ def _checked_pairs(pairs: Any, filters: int) -> npt.NDArray[np.int64]:
 
 
 def _statistics(weights: Any, constants: Constants, wanted: _Wanted, name: str) -> SsimStatistics:
-    if name not in machine.this_machine().cpu_variants:
+    if name in _GPU_VARIANTS:
+        return _gpu_statistics(_tensor(weights), constants, wanted, name)
+    if not name.startswith("cpu"):
         psi = _matrix(weights, constants, name)
         return _statistics_of(psi if isinstance(psi, np.ndarray) else psi.cpu().numpy(), wanted, name)
     from pyprune import _core
@@ -394,6 +504,22 @@ def _statistics(weights: Any, constants: Constants, wanted: _Wanted, name: str) 
     nearest = Nearest(index, index_psi.astype(kind)) if wanted.nearest else None
     top = MostSimilar(top_i, top_j, top_psi.astype(kind))
     return SsimStatistics(pairs, mean, counts, histogram, top, nearest, name)
+
+
+def _gpu_statistics(weights: torch.Tensor, constants: Constants, wanted: _Wanted, name: str) -> SsimStatistics:
+    (found,) = _gpu_kernel(name).statistics(
+        [weights],
+        [_values(constants)],
+        wanted.thresholds.tolist(),
+        wanted.bins,
+        wanted.top,
+        wanted.nearest,
+        wanted.pairs,
+    )
+    kind = np.float64 if _dtype_name(weights) == "float64" else np.float32
+    top = MostSimilar(found.top_i, found.top_j, found.top_psi.astype(kind))
+    nearest = Nearest(found.nearest, found.nearest_psi.astype(kind)) if wanted.nearest else None
+    return SsimStatistics(found.pairs, found.mean, found.counts, found.histogram, top, nearest, name)
 
 
 def _statistics_of(psi: npt.NDArray[Any], wanted: _Wanted, name: str) -> SsimStatistics:
@@ -427,14 +553,9 @@ def _torch_matrix(weights: Any, constants: Constants) -> torch.Tensor:
     """Psi by broadcasting in float64, a few rows at a time, on the weights' own device."""
     import torch
 
-    w = torch.from_numpy(np.array(weights)) if isinstance(weights, np.ndarray) else weights
+    w = _tensor(weights)
     result = torch.float64 if w.dtype == torch.float64 else torch.float32
-    scaled, e = _torch_scaled(w.double(), constants)
-    rows = scaled.flatten(2)  # [F2, F1, K]
-    shifted = rows - rows[..., :1]
-    shift = shifted.mean(-1, keepdim=True)
-    m, centred = rows[..., 0] + shift[..., 0], (shifted - shift) / math.sqrt(rows.shape[-1])
-    s = centred.square().sum(-1).sqrt()
+    centred, m, s, e = _torch_slices(w.double(), constants)
     psi = torch.ones(len(w), len(w), dtype=result, device=w.device)
     for start, stop in _chunks(len(w), w.numel()):
         mx, sx = m[start:stop, None], s[start:stop, None]
@@ -454,6 +575,18 @@ def _chunks(filters: int, numel: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + rows, filters)
 
 
+def _torch_slices(
+    w: torch.Tensor, constants: Constants
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the centred slices of float64 weights [F2, F1, K], their means and deviations [F2, F1], and e."""
+    scaled, e = _torch_scaled(w, constants)
+    rows = scaled.flatten(2)
+    shifted = rows - rows[..., :1]
+    shift = shifted.mean(-1, keepdim=True)
+    centred = (shifted - shift) / math.sqrt(rows.shape[-1])
+    return centred, rows[..., 0] + shift[..., 0], centred.square().sum(-1).sqrt(), e
+
+
 def _torch_scaled(w: torch.Tensor, constants: Constants) -> tuple[torch.Tensor, torch.Tensor]:
     import torch
 
@@ -466,17 +599,3 @@ def _torch_scaled(w: torch.Tensor, constants: Constants) -> tuple[torch.Tensor, 
         absolute = torch.tensor(constants.eps_absolute, dtype=torch.float64, device=w.device)
         e = torch.ldexp(torch.ldexp(absolute, -exponent), -exponent)
     return scaled, torch.where((w == 0).all(), torch.ones_like(e), e.clamp(2.0**-600, 2.0**200))
-
-
-def _like(w: Any, psi: Any) -> Any:
-    """Return ``psi`` as the kind of array that ``w`` is."""
-    if isinstance(w, np.ndarray):
-        return psi if isinstance(psi, np.ndarray) else psi.cpu().numpy()
-    import torch
-
-    psi = torch.from_numpy(psi) if isinstance(psi, np.ndarray) else psi
-    if isinstance(w, torch.Tensor):
-        return psi
-    root = sys.modules[type(w).__module__.partition(".")[0]]
-    home = w.__array_namespace__() if hasattr(w, "__array_namespace__") else root
-    return home.from_dlpack(psi) if hasattr(home, "from_dlpack") else psi
