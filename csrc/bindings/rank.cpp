@@ -71,10 +71,23 @@ Maps describe(const py::array& maps, const std::string& dtype) {
           {maps.shape(2), maps.shape(3), strides[2], strides[3]}};
 }
 
+Layout layout_of(const std::string& name) {
+  if (name == "auto") return Layout::automatic;
+  if (name == "lanes") return Layout::lanes;
+  if (name == "inside") return Layout::inside;
+  throw std::invalid_argument("rank: no layout " + name + "; there are auto, lanes and inside");
+}
+
+// What "auto" chooses for a block of `maps` maps.
+std::string layout_for(const std::string& name, std::ptrdiff_t H, std::ptrdiff_t W, std::ptrdiff_t maps) {
+  return rank_layout(find(name), {H, W, W, 1}, maps) == Layout::inside ? "inside" : "lanes";
+}
+
 py::array_t<std::int32_t> rank(const py::array& array, double rtol, const std::string& name, int threads,
-                               const std::string& dtype) {
+                               const std::string& dtype, const std::string& layout) {
   const Maps maps = describe(array, dtype);
   const RankVariant& variant = find(name);
+  const Layout chosen = layout_of(layout);
   const std::ptrdiff_t count = maps.N * maps.C;
   py::array_t<std::int32_t> result(count);
   std::int32_t* ranks = result.mutable_data();
@@ -85,7 +98,7 @@ py::array_t<std::int32_t> rank(const py::array& array, double rtol, const std::s
   Signals signals;
   {
     py::gil_scoped_release release;
-    if (rank_maps(maps, rtol, variant, threads, ranks, poll_signals, &signals)) return result;
+    if (rank_maps(maps, rtol, variant, chosen, threads, ranks, poll_signals, &signals)) return result;
   }
   throw py::error_already_set();
 }
@@ -95,10 +108,13 @@ py::array_t<std::int32_t> rank(const py::array& array, double rtol, const std::s
 void register_rank(py::module_& module) {
   module.def("rank_variants", &rank_variants, "Each compiled variant, slowest first, and why it cannot run ('').");
   module.def("rank", &rank, py::arg("maps"), py::arg("rtol"), py::arg("variant"), py::arg("threads"),
-             py::arg("dtype") = "",
+             py::arg("dtype") = "", py::arg("layout") = "auto",
              "Ranks int32 [N * C] of maps [N, C, H, W], any strides; -1 for a map with NaN or infinity.\n\n"
              "maps: float16, float32 or float64; bfloat16 as its bits, uint16, with dtype=\"bfloat16\".\n"
-             "Halves are read in place, as exactly as float32.");
+             "Halves are read in place, as exactly as float32.\n"
+             "layout: \"lanes\" puts a map into each lane of a vector, \"inside\" works on one map at a time.");
+  module.def("rank_layout", &layout_for, py::arg("variant"), py::arg("H"), py::arg("W"), py::arg("maps"),
+             "The layout that \"auto\" chooses for a block of so many maps [H, W].");
 }
 
 }  // namespace pyprune

@@ -1,5 +1,7 @@
 #define PYPRUNE_LANES 4
 #include "rank_kernel.h"
+//
+#include "rank_inside.h"
 
 namespace pyprune {
 namespace {
@@ -8,6 +10,7 @@ bool supported() {
 }
 }  // namespace
 
-extern const RankVariant kRankAvx2 = {"cpu_avx2", "AVX2, FMA and F16C", supported, kLanes, workspace_bytes, run_block};
+extern const RankVariant kRankAvx2 = {
+    "cpu_avx2", "AVX2, FMA and F16C", supported, kLanes, workspace_bytes, run_block, 32, 24, inside_bytes, run_inside};
 
 }  // namespace pyprune

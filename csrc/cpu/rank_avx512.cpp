@@ -1,6 +1,8 @@
 #define PYPRUNE_LANES 8
 #define PYPRUNE_BLOCK 4  // of 32 registers
 #include "rank_kernel.h"
+//
+#include "rank_inside.h"
 
 namespace pyprune {
 namespace {
@@ -10,7 +12,8 @@ bool supported() {
 }
 }  // namespace
 
-extern const RankVariant kRankAvx512 = {"cpu_avx512", "AVX-512 F, VL and DQ", supported,
-                                        kLanes,       workspace_bytes,        run_block};
+extern const RankVariant kRankAvx512 = {
+    "cpu_avx512", "AVX-512 F, VL and DQ", supported, kLanes, workspace_bytes, run_block, 14, 6, inside_bytes,
+    run_inside};
 
 }  // namespace pyprune

@@ -1,5 +1,7 @@
 // What the compiler's target machine always has: SSE2 on x86-64, NEON on arm64.
 #include "rank_kernel.h"
+//
+#include "rank_inside.h"
 
 namespace pyprune {
 namespace {
@@ -8,6 +10,7 @@ bool supported() {
 }
 }  // namespace
 
-extern const RankVariant kRankBaseline = {"cpu_baseline", "any CPU", supported, kLanes, workspace_bytes, run_block};
+extern const RankVariant kRankBaseline = {"cpu_baseline", "any CPU", supported, kLanes,       workspace_bytes,
+                                          run_block,      304,       296,       inside_bytes, run_inside};
 
 }  // namespace pyprune

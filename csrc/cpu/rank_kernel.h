@@ -30,6 +30,7 @@ using Index = std::ptrdiff_t;
 
 constexpr int kLanes = PYPRUNE_LANES;
 constexpr int kBlock = PYPRUNE_BLOCK;
+constexpr double kTightness = 32;  // a bracket of 1 / (32 n^2) moves the threshold by 1/16 of the promised band
 constexpr int kPowerSteps = 8;
 constexpr int kSqueezeSteps = 24;
 constexpr Index kTileItems = 4096;
@@ -53,8 +54,14 @@ inline Vec smaller(Vec a, Vec b) {
 inline Vec widen(Vec a) {
   return a;
 }
-inline Vec widen(VecFloat a) {
+inline Vec widen(VecFloat a) {  // GCC 12 splits the plain conversion, and warns of the unmasked intrinsic
+#if PYPRUNE_LANES == 8
+  return reinterpret_cast<Vec>(_mm512_maskz_cvtps_pd(0xff, reinterpret_cast<__m256>(a)));
+#elif PYPRUNE_LANES == 4
+  return reinterpret_cast<Vec>(_mm256_cvtps_pd(reinterpret_cast<__m128>(a)));
+#else
   return __builtin_convertvector(a, Vec);
+#endif
 }
 
 inline Vec root(Vec a) {
@@ -108,7 +115,12 @@ inline Lanes<T> decode(typename Traits<T>::Stored stored) {
 }
 template <>
 inline VecFloat decode<BFloat16>(VecHalf stored) {
-  return reinterpret_cast<VecFloat>(__builtin_convertvector(stored, VecBits) << 16);
+#if PYPRUNE_LANES == 8
+  const VecBits bits = reinterpret_cast<VecBits>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(stored)));
+#else
+  const VecBits bits = __builtin_convertvector(stored, VecBits);
+#endif
+  return reinterpret_cast<VecFloat>(bits << 16);
 }
 template <>
 inline VecFloat decode<Float16>(VecHalf stored) {
@@ -275,11 +287,28 @@ struct Norms {
   Vec trace, square, top, rows;  // top: largest diagonal entry; rows: how many are not zero
 };
 
+// The maps of the next block, fetched bit by bit while this one is worked on: [next, end) of each lane's bytes.
+struct Ahead {
+  std::uintptr_t maps[kLanes];
+  Index next, end, step;
+
+  void fetch() {
+    const Index stop = next + step < end ? next + step : end;
+    for (; next < stop; next += 64) {
+      PYPRUNE_UNROLL
+      for (int l = 0; l < kLanes; ++l) {
+        __builtin_prefetch(reinterpret_cast<const char*>(maps[l] + static_cast<std::size_t>(next)), 0, 2);
+      }
+    }
+  }
+};
+
 // A tile seen with its short side first; first: no earlier tile of these maps is in G.
 struct Sides {
   const Vec* tile;
   Index m, n, row, step;
   bool first;
+  Ahead* ahead;
 };
 
 template <int R, int C>
@@ -290,6 +319,7 @@ inline void gram_block(const Sides& a, Index i, Index j, Vec* G, Norms& norms) {
     PYPRUNE_UNROLL
     for (int c = 0; c < C; ++c) sum[r][c] = a.first ? Vec{} : G[triangle(i + r) + j + c];
   }
+  a.ahead->fetch();
   const Vec *x = a.tile + i * a.row, *y = a.tile + j * a.row;
   for (Index k = 0; k < a.n; ++k, x += a.step, y += a.step) {
     Vec left[R];
@@ -586,12 +616,29 @@ std::size_t workspace_bytes(const MapShape& s) {
   return static_cast<std::size_t>(2 * triangle(m) + (3 + kBlock) * m + m * tile_columns(s)) * sizeof(Vec);
 }
 
+// Where the next block lies if it goes on like this one. Small maps come faster than they can be asked for.
 template <class T>
-Norms load_gram(const T* const* maps, const MapShape& s, const Memory& memory) {
+Ahead next_block(const T* const* maps, Index m, Index n, Index columns) {
+  Ahead ahead = {};
+  const Index span = maps[1] - maps[0];
+  if (span < m * n || m < 2 * kBlock) return ahead;
+  PYPRUNE_UNROLL
+  for (int l = 0; l < kLanes; ++l) {  // whole numbers: there may be no next block
+    ahead.maps[l] = reinterpret_cast<std::uintptr_t>(maps[l]) + static_cast<std::size_t>(kLanes * span) * sizeof(T);
+  }
+  ahead.end = m * n * static_cast<Index>(sizeof(T));
+  const Index calls = triangle(m / kBlock - 1) * ((n + columns - 1) / columns);
+  ahead.step = (ahead.end / calls + 63) / 64 * 64;
+  return ahead;
+}
+
+template <class T>
+Norms load_gram(const T* const* maps, const MapShape& s, const Memory& memory, bool more) {
   const bool wide = s.H <= s.W;
   const Index m = short_side(s), n = long_side(s), columns = tile_columns(s);
   const Vec factor = scale_of(maps, s);
   Norms norms;
+  Ahead ahead = more ? next_block(maps, m, n, tile_columns(s)) : Ahead{};
   for (Index k = 0; k < n; k += columns) {
     const Index part = n - k < columns ? n - k : columns;
     const MapShape slice = {wide ? m : part, wide ? part : m, s.stride_h, s.stride_w};
@@ -602,7 +649,7 @@ Norms load_gram(const T* const* maps, const MapShape& s, const Memory& memory) {
     if (sizeof(T) == 8) {
       for (Index i = 0; i < m * part; ++i) memory.tile[i] *= factor;
     }
-    norms = gram({memory.tile, m, part, wide ? part : 1, wide ? 1 : m, k == 0}, memory.G);
+    norms = gram({memory.tile, m, part, wide ? part : 1, wide ? 1 : m, k == 0, &ahead}, memory.G);
   }
   return norms;
 }
@@ -634,7 +681,7 @@ bool run(const T* const* maps, const MapShape& s, double rtol, bool refine, void
   if (s.H == 2 && s.W == 2) return run_2x2(maps, s, rtol, ranks);
   const Index m = short_side(s), n = long_side(s);
   const Memory memory(workspace, m);
-  const Norms norms = load_gram(maps, s, memory);
+  const Norms norms = load_gram(maps, s, memory, !refine);
 
   // The upper end of the bracket. A count of all rows that are not zero decides: no rank is larger.
   const Vec rtol2 = broadcast(rtol) * rtol;
@@ -649,8 +696,8 @@ bool run(const T* const* maps, const MapShape& s, double rtol, bool refine, void
     decided |= (above.positive == below.positive) & (above.growth <= norms.trace) & (below.growth <= norms.trace);
   }
 
-  // A threshold off by a sixteenth of the guaranteed band of 1 / (4 n^2) is as good as the exact one.
-  const double tight = 1 / (32 * static_cast<double>(n * n));
+  // What the ends of the bracket do not decide.
+  const double tight = 1 / (kTightness * static_cast<double>(n * n));
   if (refine && any(~decided)) {
     bracket = refine_bracket(memory.G, m, norms, bracket, tight, memory.x, memory.y);
     bracket.hi = decided ? bracket.lo : bracket.hi;

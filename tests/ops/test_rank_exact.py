@@ -5,11 +5,12 @@ import pytest
 import torch
 from rank_families import EPS32, FAMILIES, make, near_threshold
 
-from pyprune import machine
+from pyprune import _core, machine
 from pyprune.ops import _reference
 from pyprune.ops.rank import _run
 from tolerances import RANK_BAND
 
+CPU = machine.this_machine().cpu_variants
 VARIANTS = (*machine.this_machine().cpu_variants, "torch_eigvalsh", "torch_svd")
 SHAPES = [(1, 1), (1, 6), (2, 2), (3, 3), (4, 4), (5, 3), (7, 7), (8, 8), (6, 9), (13, 17), (16, 16), (33, 20)]
 WIDE_SHAPES = [
@@ -38,6 +39,63 @@ def disagreements(maps, variant):
 def test_every_variant_equals_the_float64_svd(family, variant):
     for H, W in SHAPES:
         assert disagreements(make(family, H * 1000 + W, 21, H, W), variant) == 0, (H, W)
+
+
+def layout_disagreements(maps, variant, layout):
+    """Like disagreements() for a native layout that is forced; returns also how many maps were clear of the band."""
+    ranks = _core.rank(maps[None], max(maps.shape[1:]) * EPS32, variant, 1, layout=layout)
+    clear = ~ambiguous(maps)
+    return int(((ranks != _reference.matrix_rank(maps)) & clear).sum()), int(clear.sum())
+
+
+@pytest.mark.parametrize("layout", ["lanes", "inside"])
+@pytest.mark.parametrize("variant", CPU)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_layouts_equal_the_float64_svd(family, variant, layout):
+    clear = 0
+    for H, W in [*SHAPES, (24, 25), (25, 24), (31, 31)]:
+        maps = make(family, H * 1000 + W, 11, H, W)
+        for given in (maps, maps.astype(np.float64) * 1e150):
+            wrong, sure = layout_disagreements(given, variant, layout)
+            assert wrong == 0, (H, W, given.dtype)
+            clear += sure
+    assert clear > 150
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["lanes", "inside"])
+@pytest.mark.parametrize("variant", CPU)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_layouts_at_every_size(family, variant, layout):
+    for side in range(1, 225):
+        H, W = side, side if side % 3 else side + 1 + side // 4
+        maps = make(family, side, 8 if side < 64 else 2, H, W)
+        assert layout_disagreements(maps, variant, layout)[0] == 0, (H, W)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", CPU)
+def test_maps_far_beyond_the_usual(variant):
+    for family in ("relu", "duplicated", "smooth_relu", "at_noise", "log_uniform", "weak_rows"):
+        for H, W in [(300, 257), (512, 512), (600, 1030)]:
+            maps = make(family, H, 2, H, W)
+            assert _core.rank_layout(variant, H, W, 1) == "inside"
+            assert layout_disagreements(maps, variant, "auto")[0] == 0, (family, H, W)
+
+
+def test_the_layout_is_the_measured_one():
+    """See benchmarks/rank_layouts.py."""
+    for variant, lanes, full in [("cpu_baseline", 2, 312), ("cpu_avx2", 4, 104), ("cpu_avx512", 8, 106)]:
+        if variant in CPU:
+            assert [_core.rank_layout(variant, side, side + 9, lanes) for side in (4, full - 1, full)] == [
+                "lanes",
+                "lanes",
+                "inside",
+            ]
+            assert _core.rank_layout(variant, 4, 4, 1) == "lanes"
+            assert _core.rank_layout(variant, 16, 16, 1) == "inside"
+    with pytest.raises(ValueError, match="no layout across; there are auto, lanes and inside"):
+        _core.rank(np.ones((1, 1, 2, 2), np.float32), 1e-6, "cpu_baseline", 1, layout="across")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

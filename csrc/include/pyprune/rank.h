@@ -48,12 +48,26 @@ struct RankVariant {
   // Returns whether a rank stays undecided.
   bool (*run)(const void* const* maps, const MapShape&, Element, double rtol, bool refine, void* workspace,
               std::int32_t* ranks);
+  // From `slope` k <= short side + `offset` on, k maps are faster one at a time than in a block with idle lanes.
+  std::ptrdiff_t inside_slope, inside_offset;
+  std::size_t (*inside_workspace)(const MapShape&);
+  // One map, its lanes along the Gram matrix; kRankUndecided where only the tridiagonal path helps.
+  std::int32_t (*run_inside)(const void* map, const MapShape&, Element, double rtol, void* workspace);
 };
 
 extern const RankVariant kRankBaseline, kRankAvx2, kRankAvx512;  // the latter two on x86-64 only
 
+enum class Layout {
+  automatic,  // whichever rank_layout names
+  lanes,      // a map in each lane of a block
+  inside,     // one map at a time
+};
+
+// The faster layout for a block of so many maps.
+Layout rank_layout(const RankVariant&, const MapShape&, std::ptrdiff_t maps);
+
 // Ranks of all maps, counted along [N, C], into ranks [N * C]. poll as in parallel_for: false if it stopped the work.
-bool rank_maps(const Maps&, double rtol, const RankVariant&, int threads, std::int32_t* ranks, PoolPoll poll,
+bool rank_maps(const Maps&, double rtol, const RankVariant&, Layout, int threads, std::int32_t* ranks, PoolPoll poll,
                void* poll_context);
 
 // The slow, sure path for one map: float64 Gram matrix, Householder tridiagonalisation, Sturm counts.
