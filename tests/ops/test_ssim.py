@@ -298,7 +298,7 @@ def test_unknown_missing_and_misplaced_variants(monkeypatch):
         pp.kernel_ssim(torch.ones(2, 2, 3, 3), variant="cpu_mmx")
     with pytest.raises(ValueError, match="takes weights in host memory; these are on meta"):
         pp.kernel_ssim(torch.ones(2, 2, 3, 3, device="meta"), variant="cpu_baseline")
-    monkeypatch.setattr(machine, "this_machine", lambda: Machine(("cpu_baseline",)))
+    monkeypatch.setattr(machine, "this_machine", lambda gpu=0: Machine(("cpu_baseline",)))
     monkeypatch.setattr(machine, "cpu_variants", lambda: {"cpu_avx2": "this CPU lacks AVX2 and FMA"})
     with pytest.raises(ValueError, match="variant 'cpu_avx2' is not usable: this CPU lacks AVX2 and FMA; here are"):
         pp.kernel_ssim(torch.ones(2, 2, 3, 3), variant="cpu_avx2")
