@@ -294,7 +294,7 @@ struct Tiles {
   Call& call;
   Ledger& ledger;
   const Index x_block, x_blocks, y_block, y_blocks, group;  // in blocks
-  std::vector<double>& totals;                              // of every tile, for a mean in a fixed order
+  std::vector<double>& totals;  // of every pair of blocks: a mean in an order that no number of threads changes
 
   bool same() const { return x_block == y_block; }
   Index across() const { return (y_blocks + group - 1) / group; }
@@ -318,11 +318,10 @@ struct Tiles {
     }
     if (!last) return;
     Found* found = ledger.borrow();
-    double total = 0;
-    visit(bi, bj,
-          [&](Index i, Index j, Index place) { total += emit(call, x_block + i, y_block + j, sums + place, *found); });
+    visit(bi, bj, [&](Index i, Index j, Index place) {
+      totals[static_cast<std::size_t>(i * y_blocks + j)] = emit(call, x_block + i, y_block + j, sums + place, *found);
+    });
     ledger.give_back(found);
-    totals[static_cast<std::size_t>(tile)] = total;
   }
 
   template <class Visitor>
@@ -363,7 +362,7 @@ double all_pairs(Call& call, Ledger& ledger) {
       Tiles tiles{call, ledger, i, std::min(panel, blocks - i), j, std::min(panel, blocks - j), group, totals};
       char* const y = i == j ? x : static_cast<char*>(memory_y.get());
       const std::size_t tile_sums = static_cast<std::size_t>(group * group * kSsimBlock * kSsimBlock);
-      totals.assign(static_cast<std::size_t>(tiles.count()), 0.0);
+      totals.assign(static_cast<std::size_t>(tiles.x_blocks * tiles.y_blocks), 0.0);
       if (slab < F1) sums.assign(static_cast<std::size_t>(tiles.count()) * tile_sums, 0.0);
       for (Index c = 0; c < F1; c += slab) {
         const Index channels = std::min(slab, F1 - c);

@@ -133,6 +133,10 @@ struct Floats {
   }
 
   static PYPRUNE_INLINE void add(Sum& sum, V psi) { sum += rounded(psi); }
+  static PYPRUNE_INLINE Sum begin(const double*) { return Sum{}; }
+  static PYPRUNE_INLINE void end(Sum sum, double* sums) {
+    for (int l = 0; l < kLanes; ++l) sums[l] += sum[l];
+  }
 };
 
 // Float64 lanes: for float64 weights, and where float32 would not do. Exact to some 1e-15 instead of fast.
@@ -194,7 +198,11 @@ struct Doubles {
   }
 
   static PYPRUNE_INLINE V power(V x, Power a) { return exp2(log2(x) * a); }
+  // Channel after channel, however they are cut: the order shows in a sum that is rounded.
+  typedef double Unaligned __attribute__((vector_size(8 * kDoubles), aligned(8), may_alias));
   static PYPRUNE_INLINE void add(Sum& sum, V psi) { sum += psi; }
+  static PYPRUNE_INLINE Sum begin(const double* sums) { return *reinterpret_cast<const Unaligned*>(sums); }
+  static PYPRUNE_INLINE void end(Sum sum, double* sums) { *reinterpret_cast<Unaligned*>(sums) = sum; }
 };
 
 // Phase 1: statistics in float64, lanes are filters.
@@ -594,12 +602,16 @@ void all_pairs(const SsimFormula& formula, int given_K, Index channels, const ty
   using T = typename Ops::T;
   const int K = kK ? kK : given_K;
   const Index step = (K + kSsimRows) * kSsimBlock;
+  constexpr int kVectors = kSsimBlock / Ops::kLanes;
   const Formula<Ops> f(formula);
   for (Index start = 0; start < channels; start += Ops::kChannels) {
     const Index stop = start + Ops::kChannels < channels ? start + Ops::kChannels : channels;
-    typename Ops::Sum sum[kSsimBlock][kSsimBlock / Ops::kLanes] = {};
+    typename Ops::Sum sum[kSsimBlock][kVectors];
+    for (int i = 0; i < kSsimBlock; ++i) {
+      for (int v = 0; v < kVectors; ++v) sum[i][v] = Ops::begin(sums + i * kSsimBlock + v * Ops::kLanes);
+    }
     for (Index c = start; c < stop; ++c, x += step, y += step) {
-      for (int v = 0; v < kSsimBlock / Ops::kLanes; ++v) {
+      for (int v = 0; v < kVectors; ++v) {
         const T* lanes = y + v * Ops::kLanes;
         if constexpr (kK != 0) {
           typename Ops::V held[kK + kSsimRows];
@@ -626,7 +638,7 @@ void all_pairs(const SsimFormula& formula, int given_K, Index channels, const ty
       }
     }
     for (int i = 0; i < kSsimBlock; ++i) {
-      for (int j = 0; j < kSsimBlock; ++j) sums[i * kSsimBlock + j] += sum[i][j / Ops::kLanes][j % Ops::kLanes];
+      for (int v = 0; v < kVectors; ++v) Ops::end(sum[i][v], sums + i * kSsimBlock + v * Ops::kLanes);
     }
   }
 }
@@ -636,18 +648,20 @@ void each_pair(const SsimFormula& formula, int given_K, Index channels, const ty
                const typename Ops::T* y, double* sums) {
   const int K = kK ? kK : given_K;
   const Index step = (K + kSsimRows) * kSsimBlock;
+  constexpr int kVectors = kSsimBlock / Ops::kLanes;
   const Formula<Ops> f(formula);
   for (Index start = 0; start < channels; start += Ops::kChannels) {
     const Index stop = start + Ops::kChannels < channels ? start + Ops::kChannels : channels;
-    typename Ops::Sum sum[kSsimBlock / Ops::kLanes] = {};
+    typename Ops::Sum sum[kVectors];
+    for (int v = 0; v < kVectors; ++v) sum[v] = Ops::begin(sums + v * Ops::kLanes);
     for (Index c = start; c < stop; ++c, x += step, y += step) {
-      for (int v = 0; v < kSsimBlock / Ops::kLanes; ++v) {
+      for (int v = 0; v < kVectors; ++v) {
         const auto from_x = [&](int k) PYPRUNE_ALWAYS { return at<Ops>(x + v * Ops::kLanes + k * kSsimBlock); };
         const auto from_y = [&](int k) PYPRUNE_ALWAYS { return at<Ops>(y + v * Ops::kLanes + k * kSsimBlock); };
         Ops::add(sum[v], psi_of<Ops, kK, form>(from_x, from_y, K, f));
       }
     }
-    for (int j = 0; j < kSsimBlock; ++j) sums[j] += sum[j / Ops::kLanes][j % Ops::kLanes];
+    for (int v = 0; v < kVectors; ++v) Ops::end(sum[v], sums + v * Ops::kLanes);
   }
 }
 
