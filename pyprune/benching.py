@@ -392,8 +392,7 @@ def random_kernels(shape: tuple[int, ...], device: torch.device) -> torch.Tensor
 
 
 def _ssim_layers(layers: Sequence[torch.Tensor], variant: str, filters: int) -> None:
-    for w in layers:
-        ssim_op.kernel_ssim_statistics(w if len(layers) > 1 else w[:filters], variant=variant)
+    ssim_op.layer_statistics(layers if len(layers) > 1 else [layers[0][:filters]], variant=variant)
 
 
 def broadcast_ssim(w: torch.Tensor, block: Callable[..., torch.Tensor] | None = None) -> torch.Tensor:

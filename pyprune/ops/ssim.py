@@ -287,6 +287,42 @@ def kernel_ssim_statistics(
         return _statistics(weights, constants, wanted, name)
 
 
+def layer_statistics(
+    layers: Sequence[Any],
+    *,
+    thresholds: float | Sequence[float] = (0.6,),
+    bins: int = 100,
+    top: int = 0,
+    nearest: bool = False,
+    variant: str = "auto",
+    **constants: Any,
+) -> list[SsimStatistics]:
+    """Return :func:`kernel_ssim_statistics` of many layers: on a GPU all in one launch, and one wait for their results.
+
+    Parameters
+    ----------
+    layers
+        Weights as for :func:`kernel_ssim`. Those on a GPU must be torch tensors on the same one.
+    thresholds, bins, top, nearest, variant
+        As for :func:`kernel_ssim_statistics`, the same of every layer.
+    **constants
+        ``alpha``, ``beta``, ``gamma``, ``eps`` and ``eps_absolute`` as for :func:`kernel_ssim`.
+
+    Returns
+    -------
+    One :class:`SsimStatistics` for each layer.
+    """
+    values = Constants(**constants)
+    for w in layers:
+        _check_array(w)
+    weights = [_in_place(w) for w in layers]
+    names = [_prepare(w, variant)[0] for w in weights]
+    wanted = [_wanted(thresholds, bins, top, nearest, None, len(w)) for w in weights]
+    if set(names) == {"cuda_tile"} and len({w.device for w in weights}) == 1:
+        return _gpu_statistics(weights, values, wanted[0], "cuda_tile")
+    return [_statistics(w, values, one, name) for w, one, name in zip(weights, wanted, names, strict=True)]
+
+
 def _run(w: Any, constants: Constants, variant: str = "auto") -> tuple[Any, str]:
     """Return Psi of an array or tensor, and the variant that computed it."""
     name, on_gpu = _prepare(w, variant)
@@ -480,7 +516,7 @@ def _checked_pairs(pairs: Any, filters: int) -> npt.NDArray[np.int64]:
 
 def _statistics(weights: Any, constants: Constants, wanted: _Wanted, name: str) -> SsimStatistics:
     if name in _GPU_VARIANTS:
-        return _gpu_statistics(_tensor(weights), constants, wanted, name)
+        return _gpu_statistics([_tensor(weights)], constants, wanted, name)[0]
     if not name.startswith("cpu"):
         psi = _matrix(weights, constants, name)
         return _statistics_of(psi if isinstance(psi, np.ndarray) else psi.cpu().numpy(), wanted, name)
@@ -506,20 +542,25 @@ def _statistics(weights: Any, constants: Constants, wanted: _Wanted, name: str) 
     return SsimStatistics(pairs, mean, counts, histogram, top, nearest, name)
 
 
-def _gpu_statistics(weights: torch.Tensor, constants: Constants, wanted: _Wanted, name: str) -> SsimStatistics:
-    (found,) = _gpu_kernel(name).statistics(
-        [weights],
-        [_values(constants)],
+def _gpu_statistics(
+    layers: Sequence[torch.Tensor], constants: Constants, wanted: _Wanted, name: str
+) -> list[SsimStatistics]:
+    found = _gpu_kernel(name).statistics(
+        layers,
+        [_values(constants)] * len(layers),
         wanted.thresholds.tolist(),
         wanted.bins,
         wanted.top,
         wanted.nearest,
         wanted.pairs,
     )
-    kind = np.float64 if _dtype_name(weights) == "float64" else np.float32
-    top = MostSimilar(found.top_i, found.top_j, found.top_psi.astype(kind))
-    nearest = Nearest(found.nearest, found.nearest_psi.astype(kind)) if wanted.nearest else None
-    return SsimStatistics(found.pairs, found.mean, found.counts, found.histogram, top, nearest, name)
+    results = []
+    for w, of in zip(layers, found, strict=True):
+        kind = np.float64 if _dtype_name(w) == "float64" else np.float32
+        top = MostSimilar(of.top_i, of.top_j, of.top_psi.astype(kind))
+        nearest = Nearest(of.nearest, of.nearest_psi.astype(kind)) if wanted.nearest else None
+        results.append(SsimStatistics(of.pairs, of.mean, of.counts, of.histogram, top, nearest, name))
+    return results
 
 
 def _statistics_of(psi: npt.NDArray[Any], wanted: _Wanted, name: str) -> SsimStatistics:

@@ -14,6 +14,7 @@ from tolerances import SSIM_GATE
 REASON = _core.cuda_device_reason(0) if torch.cuda.is_available() else "torch finds no CUDA device"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(REASON), reason=f"needs the CUDA kernels: {REASON}")]
 
+
 @pytest.mark.parametrize("size", [*SIZES, (129, 130, 3, 3), (300, 512, 3, 3), (257, 20, 1, 343)])
 def test_the_matrix_is_within_the_gate(size):
     w = weights(*size)

@@ -15,6 +15,7 @@ from tolerances import SSIM_GATE
 
 CPU = ("cpu_baseline", "cpu_avx2")
 LAYOUTS = (("cuda_thread", 4),)
+HERE = choose_ssim((8, 4, 3, 3), "float32", "cpu", machine.this_machine())
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,26 @@ def test_the_way_of_gpu_weights(monkeypatch):
     assert found.top.psi == pytest.approx(np.sort(values)[::-1][:4], abs=SSIM_GATE)
     assert (found.top.i[0], found.top.j[0]) == (0, 1)
     assert found.nearest.index[:2].tolist() == [1, 0]
+
+
+def test_many_layers_are_as_each_alone(monkeypatch):
+    layers = [weights(9, 3, 3, 3), weights(70, 5, 1, 2, torch.float64), weights(12, 2, 5, 5)]
+    options = {"thresholds": (0.2, 0.5), "bins": 7, "top": 3, "nearest": True, "eps": 1e-3}
+    natively = op.layer_statistics(layers, **options)
+    monkeypatch.setattr(op, "_prepare", lambda w, variant: ("cuda_tile", False))
+    together = op.layer_statistics(layers, **options)
+    for w, one, native in zip(layers, together, natively, strict=True):
+        alone = kernel_ssim_statistics(w, **options)
+        assert (one.variant, native.variant == HERE) == ("cuda_tile", True)
+        assert (one.pairs, one.mean) == (alone.pairs, alone.mean)
+        assert one.histogram.tolist() == alone.histogram.tolist()
+        assert one.top.psi.dtype == (np.float64 if w.dtype == torch.float64 else np.float32)
+        assert one.nearest.index.tolist() == alone.nearest.index.tolist()
+        assert one.mean == pytest.approx(native.mean, abs=SSIM_GATE)
+        assert np.abs(one.counts - native.counts).max() <= 1
+    assert op.layer_statistics([]) == []
+    with pytest.raises(TypeError, match="w must be a torch tensor"):
+        op.layer_statistics([layers[0], None])
 
 
 def test_what_a_gpu_counts_is_raised_later(monkeypatch):
