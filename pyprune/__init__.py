@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pyprune.pipeline import prune as prune
     from pyprune.ranks import RankAccumulator as RankAccumulator
     from pyprune.ranks import rank_filters as rank_filters
+    from pyprune.recalibration import recalibrate as recalibrate
     from pyprune.redundancy import ckrm as ckrm
     from pyprune.reporting import report as report
     from pyprune.selection import select as select
@@ -55,6 +56,7 @@ _HOME = {
     "compact": "compaction",
     "save_slim": "export",
     "load_slim": "export",
+    "recalibrate": "recalibration",
     "evaluate": "measure",
     "profile": "measure",
     "prune": "pipeline",

@@ -22,8 +22,10 @@ from pyprune import graph as graphs
 from pyprune import measure
 from pyprune import operations as ops
 from pyprune.channels import BoolArray, Channels, Residual
+from pyprune.origins import origins
 from pyprune.rewiring import Rewiring
 from pyprune.types import Analysis, Certificate, Compacted, IntArray, LayerAnalysis, Plan, Profile
+from pyprune.wrappers import unwrapped, unwrapped_plan
 
 TOLERANCE = 1e-10
 """Largest |slim - masked| / max(1, max |masked|) in float64: the order of summation is all that may differ."""
@@ -69,6 +71,8 @@ def analyse(
         the inputs.
     """
     _check_residual("analyse", residual)
+    model, _ = unwrapped(model)
+    plan = unwrapped_plan(plan, graphs.convolutions(model))
     with _undisturbed(model):
         network = _Network("analyse", model, plan, _inputs("analyse", example_inputs), residual)
         return _analysis(network, plan, _decide(network, plan, 1))
@@ -93,7 +97,8 @@ def compact(
     Parameters
     ----------
     model
-        Masked or not; it is never changed. It must be traceable by torch.fx.
+        Masked or not; it is never changed. It must be traceable by torch.fx. A wrapper of data parallelism or
+        torch.compile is taken off, and ``Compacted.unwrapped`` names it.
     plan
         Layers that are not in it keep every filter.
     example_inputs
@@ -130,15 +135,20 @@ def compact(
     if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
         raise ValueError(f"compact: round_to must be a positive whole number; got {round_to!r}.")
     inputs = _inputs("compact", example_inputs)
+    model, wrappers = unwrapped(model)
+    plan = unwrapped_plan(plan, graphs.convolutions(model))
     with _undisturbed(model):
         network = _Network("compact", model, plan, inputs, residual)
         decision = _decide(network, plan, round_to)
         masked = _masked(model, decision.dead)
         slim = _rebuild(masked, decision)
+        sources = origins(slim, masked, lambda name, module: _cut(name, module, decision.channels, {}))
         certificate = _verify(masked, slim, decision, inputs) if verify else _unverified(model)
         del masked
         before, after = _profiles(network, slim, decision, _copies(inputs), latency)
-    return Compacted(slim, certificate, plan, decision.kept, before, after, inputs, residual, decision.beyond)
+    return Compacted(
+        slim, certificate, plan, decision.kept, before, after, inputs, residual, decision.beyond, sources, wrappers
+    )
 
 
 def _check_residual(who: str, residual: str) -> None:

@@ -19,6 +19,7 @@ from pyprune import files
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.optim import Optimizer
 
 T = TypeVar("T")
 IntArray = npt.NDArray[np.int64]
@@ -555,6 +556,27 @@ class Certificate:
 
 
 @dataclass(frozen=True, eq=False)
+class Origin:
+    """Where a parameter of a slim network comes from.
+
+    ``name`` is a parameter of the original, ``shape`` its shape there. ``index`` says which of its numbers are left:
+    nothing if all are; rows [F]; or rows [F, 1] and columns [1, C], for grouped convolutions columns [F, C]. They
+    broadcast, so that ``original[origin.index]`` has the slim parameter's shape in every library.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    index: tuple[IntArray, ...] = ()
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the numbers of ``tensor`` [shape] that are left."""
+        import torch
+
+        index = tuple(torch.from_numpy(one).to(tensor.device) for one in self.index)
+        return tensor[index] if index else tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Compacted:
     """A slim model and its proof.
 
@@ -562,7 +584,9 @@ class Compacted:
     ``{layer: {filter: reason}}``. ``before`` and ``after`` are profiles of the original and the slim network on
     ``example_inputs``, their latencies measured interleaved. ``residual`` says what happened where branches are added;
     under ``"union"`` the certificate is about the network masked by the plan and ``beyond``, the filters that left
-    although the plan keeps them: ``{layer: filters}``.
+    although the plan keeps them: ``{layer: filters}``. ``origins`` says for each parameter of ``model``, by name,
+    which numbers of the original's it holds; parameters that compaction made, biases with folded constants, have none.
+    ``unwrapped`` names what the original was taken out of, outermost first, as ``("DistributedDataParallel",)``.
     """
 
     model: nn.Module
@@ -574,11 +598,54 @@ class Compacted:
     example_inputs: tuple[torch.Tensor, ...]
     residual: str = "scatter"
     beyond: Mapping[str, IntArray] = field(default_factory=dict)
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+    unwrapped: tuple[str, ...] = ()
 
     @property
     def lossy(self) -> bool:
         """Whether filters left that the plan keeps."""
         return bool(self.beyond)
+
+    def carry(self, optimizer: Optimizer, model: nn.Module) -> Optimizer:
+        """Return an optimizer that goes on training the slim model where ``optimizer`` was with the original.
+
+        Of every number per element, momentum and moments, those stay whose elements stay. Groups, hyperparameters
+        and counters of steps are copied, as are state dicts of schedulers: make the scheduler anew for the result
+        and load the old one's. Biases that compaction made join the group of their layer's weight, without any state.
+        For chains with affine norms, training goes on as it would have gone on with masks, where it depends on no
+        norm over all gradients.
+
+        Parameters
+        ----------
+        optimizer
+            Any torch optimizer that keeps its state per parameter: SGD, Adam, AdamW, RMSprop, ... It is not changed.
+        model
+            The model that was compacted and that ``optimizer`` trains, wrapped or not.
+
+        Returns
+        -------
+        torch.optim.Optimizer
+            Of the same type, over parameters of ``self.model``, sharing no tensor with ``optimizer``. Hooks, such as
+            those of masks, stay behind.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``optimizer`` is none, trains another model, or keeps state that cannot be cut by index.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from pyprune import Plan, compact
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> slim = compact(model, Plan(keep={"0": [1, 2]}), torch.randn(2, 1, 8, 8), latency=False)
+        >>> [list(one.shape) for one in slim.carry(optimizer, model).param_groups[0]["params"]]
+        [[2, 1, 3, 3], [2], [2, 2, 3, 3], [2]]
+        """
+        from pyprune.optimizers import carried
+
+        return carried(self, optimizer, model)
 
 
 @dataclass(frozen=True, eq=False)

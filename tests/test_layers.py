@@ -10,11 +10,12 @@ import pyprune
 PACKAGE = Path(pyprune.__file__).parent
 BASE = {
     "types", "files", "progress", "machine", "ops", "_core", "models", "data", "datasets", "measure",  # for everyone
-    "graph", "operations", "channels", "kinds", "rewiring",  # the traced network
+    "graph", "operations", "channels", "kinds", "rewiring", "wrappers", "origins",  # the traced network
     "checkpoints", "convolutions", "hrank",  # what people bring along
     "drawing",  # figures and pages
     "features", "sampling", "aliases", "overlap",  # parts of ranking
     "clustering", "redundancy_plots", "slimfile", "slimsource",  # parts of one stage each
+    "optimizers",  # part of what compaction returns
     "benching",  # measures the kernels
 }  # fmt: skip
 KNOWS_THE_ORDER = {"__init__", "__main__", "pipeline", "demo", "cli"}
@@ -47,7 +48,9 @@ def test_the_check_would_notice() -> None:
 
 
 def test_the_stages_are_the_documented_ones() -> None:
-    assert STAGES == ["compaction", "export", "finetuning", "masks", "ranks", "redundancy", "reporting", "selection"]
+    assert STAGES == [
+        "compaction", "export", "finetuning", "masks", "ranks", "recalibration", "redundancy", "reporting", "selection",
+    ]  # fmt: skip
 
 
 def test_the_pipeline_fits_on_a_screen() -> None:

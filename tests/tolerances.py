@@ -40,3 +40,6 @@ evens them out."""
 
 SSIM_FLOAT64 = 1e-13
 """Psi in float64 lanes: some thirty roundings of 1e-16, and logarithms right to 1e-15 times exponents below ten."""
+
+STATISTICS = 1e-12
+"""Means and variances of at most a few hundred float64 numbers below 10, summed in two orders: 1e-15 each."""
