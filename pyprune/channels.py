@@ -352,7 +352,7 @@ def _fixed_modules(model: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.M
 def _title(node: fx.Node, key: Any) -> str:
     """Name an operation for a reader: the layer and its type, or the function."""
     if node.op == "call_module":
-        return f"{node.target} ({key.__name__})"
+        return f"{node.target} ({key.__name__})" if isinstance(key, type) else str(node.target)
     if node.op == "call_method":
         return f".{node.target}()"
     home = str(getattr(key, "__module__", None) or "torch")

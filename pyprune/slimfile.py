@@ -207,7 +207,8 @@ def _describe_module(who: str, name: str, module: Any) -> dict[str, Any]:
     for setting, sort, default in MODULES[kind]:
         value = getattr(module, setting) is not None if sort == "present" else getattr(module, setting)
         value = list(value) if isinstance(value, (tuple, torch.Size)) else value
-        if default is REQUIRED or (value != default and (setting, value) != ("stride", settings.get("kernel_size"))):
+        implied = settings.get("kernel_size") if setting == "stride" and default is None else default  # a pool's stride
+        if default is REQUIRED or value not in (default, implied):
             settings[setting] = value
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in module.parameters()}
     dtypes |= {str(b.dtype).removeprefix("torch.") for b in module.buffers() if b.is_floating_point()}

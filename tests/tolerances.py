@@ -43,3 +43,7 @@ SSIM_FLOAT64 = 1e-13
 
 STATISTICS = 1e-12
 """Means and variances of at most a few hundred float64 numbers below 10, summed in two orders: 1e-15 each."""
+
+CONSTANT_CHANNEL = 1e-9
+"""Spread of a channel that does not vary, over max(1, its largest value): float64 sums of up to 1e4 equal terms in
+another order at the border, 1e-16 each; a channel that varies spreads over more than 1e-3."""

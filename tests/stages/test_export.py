@@ -105,6 +105,16 @@ NETWORKS = {
 }
 
 
+def test_a_stride_as_wide_as_the_kernel_comes_back(tmp_path):
+    """A pool's stride is its kernel's size unless it says otherwise; a convolution's is 1."""
+    layers = [nn.Conv2d(2, 4, 2, stride=2), nn.MaxPool2d(2), nn.MaxPool2d(2, 1), nn.ConvTranspose2d(4, 3, 3, stride=3)]
+    model, x = nn.Sequential(*layers, nn.AvgPool2d(3, stride=3)).eval(), torch.randn(2, 2, 16, 16)
+    slim = pp.compact(model, Plan({}), x, latency=False)
+    loaded = pp.load_slim(pp.save_slim(slim, tmp_path))
+    assert [loaded.get_submodule(str(i)).stride for i in (0, 3)] == [(2, 2), (3, 3)]
+    assert torch.equal(loaded(x), model(x))
+
+
 def test_saved_and_loaded_networks_give_the_same_bits(tmp_path):
     torch.manual_seed(0)
     expected = {}
