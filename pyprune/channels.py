@@ -83,7 +83,8 @@ class Channels:
     ``filters`` counts the outputs of each layer that the network calls, and ``first`` is the first slot of each;
     ``inputs`` is what each layer, norm or other sized module reads; ``leaves`` [slots] says which go; ``tied``
     [slots] numbers the classes of slots that leave together; ``flattens`` names the nodes whose literal size must
-    become a flatten; ``sums``, ``pads`` and ``slices`` describe the nodes that must be written anew.
+    become a flatten; ``sums``, ``pads`` and ``slices`` describe the nodes that must be written anew; ``groups``
+    counts the groups of grouped convolutions before anything leaves.
     """
 
     filters: Mapping[str, int]
@@ -95,6 +96,7 @@ class Channels:
     sums: Mapping[str, Sum]
     pads: Mapping[str, Pad]
     slices: Mapping[str, Slice]
+    groups: Mapping[str, int]
     _why: Callable[[int], str]
 
     def leaving(self, layer: str) -> BoolArray:
@@ -104,6 +106,12 @@ class Channels:
     def leaving_inputs(self, module: str) -> BoolArray:
         """Return [C] which entries of the channel dimension that ``module`` reads leave."""
         return self.leaves[self.inputs[module].slots]
+
+    def groups_left(self, layer: str) -> int:
+        """Return how many groups a convolution is left with."""
+        if layer not in self.groups:
+            return 1
+        return int((~self.leaving(layer)).reshape(self.groups[layer], -1).any(1).sum())
 
     def why(self, layer: str, index: int) -> str:
         """Say why a dead filter stays all the same."""
@@ -170,6 +178,7 @@ class _Walk:
     sums: dict[str, Sum] = field(default_factory=dict)
     pads: dict[str, Pad] = field(default_factory=dict)
     slices: dict[str, Slice] = field(default_factory=dict)
+    groups: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.modules: dict[str, Any] = dict(self.model.named_modules())
@@ -178,7 +187,7 @@ class _Walk:
         for node in self.graph.nodes:
             module = self.modules[str(node.target)] if node.op == "call_module" else None
             if module is not None and type(module) in _PRODUCERS:
-                self.counts[str(node.target)] = len(module.weight)
+                self.counts[str(node.target)] = kinds.outputs(module)
         starts = np.cumsum([0, *self.counts.values()])
         self.first = {name: int(start) for name, start in zip(self.counts, starts, strict=False)}
         self.alive = np.ones(starts[-1], np.bool_)
@@ -277,13 +286,15 @@ class _Walk:
                 for node, value in self.values.items()
                 if isinstance(value, Value) and len(value.slots) and leaves[value.slots].all()
             ]
+            if not empty and kinds.balance(self, leaves):
+                continue
             if not empty:
                 break
             node, value = empty[0]
             self.pin(Value(value.slots[:1], value.constants[:1]), f"is the last channel of {node.name}")
         return Channels(
             self.counts, self.first, self.inputs, leaves, self._tied(), frozenset(self.flattens),
-            self.sums, self.pads, self.slices, self._explain(origins, through),
+            self.sums, self.pads, self.slices, self.groups, self._explain(origins, through),
         )  # fmt: skip
 
     def _spread(self) -> tuple[IntArray, IntArray]:
@@ -369,7 +380,7 @@ def _input(node: fx.Node) -> Any:
 
 _Handler = Callable[[_Walk, fx.Node], Value | Reading | None]
 _HANDLERS: dict[tuple[str, Any], _Handler] = {}
-_PRODUCERS = ops.CONVOLUTIONS | {nn.Linear}
+_PRODUCERS = ops.CONVOLUTIONS | ops.TRANSPOSED | {nn.Linear}
 
 
 def _handles(op: str, *keys: Any) -> Callable[[_Handler], _Handler]:

@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from pyprune import channels as channel_walk
 from pyprune import graph as graphs
-from pyprune import measure
+from pyprune import kinds, measure
 from pyprune import operations as ops
 from pyprune.channels import BoolArray, Channels, Residual
 from pyprune.origins import origins
@@ -35,7 +35,7 @@ NATIVE_TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1
 
 _MOST_IMAGES = 8  # of the example inputs in float64, where a large batch would cost minutes and prove no more
 _MOST_SPACE = 64  # rows and columns of theirs, for the same reason
-_SIZED = ops.CONVOLUTIONS | ops.NORMS | {nn.Linear, nn.PReLU}
+_SIZED = ops.CONVOLUTIONS | ops.TRANSPOSED | ops.NORMS | {nn.Linear, nn.PReLU, nn.GroupNorm}
 
 
 def analyse(
@@ -241,7 +241,7 @@ def _united(network: _Network, plan: Plan) -> Plan:
     Joined channels that would stay all the same, say because they are an output, are left as they are. A layer that
     would lose every filter keeps the one that most branches keep.
     """
-    channels, layers = network.walk(plan)[2], graphs.convolutions(network.model)
+    channels, layers = network.walk(plan)[2], graphs.prunable(network.model)
     classes = {name: channels.tied[first : first + channels.filters[name]] for name, first in channels.first.items()}
     stuck: set[int] = {int(one) for name, tied in classes.items() if name not in layers for one in tied}
     while True:
@@ -343,7 +343,7 @@ def _kept(
 ) -> dict[str, dict[int, str]]:
     """Return why each filter stays that the plan removes."""
     kept: dict[str, dict[int, str]] = {}
-    layers = graphs.convolutions(model)
+    layers = graphs.prunable(model)
     for name, keep in plan.keep.items():
         removed = np.setdiff1d(np.arange(layers[name].out_channels), keep)
         leaves = channels.leaving(name) if name in channels.filters else np.zeros(layers[name].out_channels, np.bool_)
@@ -369,8 +369,7 @@ def _masked(model: nn.Module, dead: Mapping[str, IntArray]) -> nn.Module:
 
 def _zero(model: nn.Module, dead: Mapping[str, IntArray]) -> None:
     for name, indices in dead.items():
-        parameter = model.get_parameter(name).data
-        parameter.index_fill_(0, torch.from_numpy(indices).to(parameter.device), 0)
+        graphs.zero_filters(model, name, indices)
 
 
 def _rebuild(masked: nn.Module, decision: _Decision) -> fx.GraphModule:
@@ -457,14 +456,30 @@ def _cut(name: str, module: Any, channels: Channels, memo: dict[int, Any]) -> An
     if name not in channels.filters:
         _cut_channelwise(slim, out)
         return slim
-    _set(slim, "weight", _picked(slim.weight, out, None if inputs is None else ~inputs))
+    _cut_weight(slim, module, out, None if inputs is None else ~inputs, channels.groups.get(name, 1))
     bias = None if module.bias is None else _picked(slim.bias, out)
     folded = None if inputs is None else _folded(module, channels.inputs[name].constants, inputs, out)
     if folded is not None:
         bias = (folded if bias is None else folded + bias.double()).to(slim.weight.dtype)
     _set(slim, "bias", bias, like=slim.weight)
-    _count(slim)
+    _count(slim, channels.groups_left(name))
     return slim
+
+
+def _cut_weight(slim: Any, module: Any, out: BoolArray | None, inputs: BoolArray | None, groups: int) -> None:
+    """Cut a weight [F, C, ...], or [C, F, ...] of a transposed convolution, within its groups if there are several."""
+    rows, columns = (inputs, out) if type(module) in ops.TRANSPOSED else (out, inputs)
+    if groups == 1:
+        _set(slim, "weight", _picked(module.weight, rows, columns))
+        return
+    weight = module.weight.detach()
+    there = np.ones(len(weight), np.bool_) if rows is None else rows
+    across = np.ones(weight.shape[1] * groups, np.bool_) if columns is None else columns
+    left = np.flatnonzero(there)
+    inside = across.reshape(groups, -1)[left // (len(there) // groups)]  # [rows left, columns]
+    index = np.nonzero(inside)[1].reshape(len(left), -1)
+    picked = weight[torch.from_numpy(left)[:, None].to(weight.device), torch.from_numpy(index).to(weight.device)]
+    _set(slim, "weight", picked.to(memory_format=_memory_format(weight)))
 
 
 def _cut_channelwise(slim: Any, out: BoolArray | None) -> None:
@@ -472,17 +487,16 @@ def _cut_channelwise(slim: Any, out: BoolArray | None) -> None:
     for leaf, tensor in [*slim.named_parameters(), *slim.named_buffers()]:
         _set(slim, leaf, _picked(tensor, out if tensor.ndim == 1 else None))
     count = 0 if out is None else int(out.sum())
-    setattr(slim, "num_parameters" if isinstance(slim, nn.PReLU) else "num_features", count)
+    if isinstance(slim, nn.GroupNorm):
+        slim.num_groups = count * slim.num_groups // slim.num_channels
+    names = {nn.PReLU: "num_parameters", nn.GroupNorm: "num_channels"}
+    setattr(slim, names.get(type(slim), "num_features"), count)
 
 
 def _folded(module: Any, constants: Any, leaving: BoolArray, out: BoolArray | None) -> torch.Tensor | None:
     """Return what the leaving input channels add to every output of ``module``, in float64; ``None`` if nothing."""
     used = np.where(leaving, constants, 0.0)
-    if not used.any():
-        return None
-    weight = _picked(module.weight, out).double()
-    weight = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
-    return weight @ torch.from_numpy(used).to(weight.device)
+    return _picked(kinds.folded(module, used), out) if used.any() else None
 
 
 def _set(module: Any, leaf: str, tensor: torch.Tensor | None, like: torch.Tensor | None = None) -> None:
@@ -495,11 +509,15 @@ def _set(module: Any, leaf: str, tensor: torch.Tensor | None, like: torch.Tensor
     setattr(module, leaf, nn.Parameter(tensor, requires_grad=pattern is None or pattern.requires_grad))
 
 
-def _count(module: Any) -> None:
+def _count(module: Any, groups: int) -> None:
     """Make the sizes that a layer states about itself those of its weight."""
-    names = ("out_features", "in_features") if isinstance(module, nn.Linear) else ("out_channels", "in_channels")
-    for name, count in zip(names, module.weight.shape[:2], strict=True):
-        setattr(module, name, count)
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+        return
+    rows, columns = module.weight.shape[0], module.weight.shape[1] * groups
+    transposed = type(module) in ops.TRANSPOSED
+    module.in_channels, module.out_channels = (rows, columns) if transposed else (columns, rows)
+    module.groups = groups
 
 
 def _picked(tensor: torch.Tensor, out: BoolArray | None, inputs: BoolArray | None = None) -> torch.Tensor:
@@ -773,14 +791,19 @@ def _weights_left(name: str, module: Any, channels: Channels) -> int:
     read = channels.inputs.get(name)
     gone = np.zeros(0, np.bool_) if read is None else channels.leaving_inputs(name)
     folds = read is not None and bool(read.constants[gone].any())
-    inputs = int(module.weight.shape[1]) - int(gone.sum())
+    inputs = _inputs_of(module) - int(gone.sum())
     outputs = int((~channels.leaving(name)).sum())
-    return outputs * (inputs * int(module.weight[0, 0].numel()) + int(module.bias is not None or folds))
+    kernel, groups = int(module.weight[0, 0].numel()), channels.groups_left(name)
+    return outputs * (inputs // groups * kernel + int(module.bias is not None or folds))
+
+
+def _inputs_of(module: Any) -> int:
+    return int(module.in_features if isinstance(module, nn.Linear) else module.in_channels)
 
 
 def _layer(name: str, module: Any, decision: _Decision, coupled: int) -> LayerAnalysis:
     channels = decision.channels
-    outputs, inputs = (int(size) for size in module.weight.shape[:2])
+    outputs, inputs = kinds.outputs(module), _inputs_of(module)
     gone = int(channels.leaving_inputs(name).sum()) if name in channels.inputs else 0
     planned = outputs - len(decision.given.keep[name]) if name in decision.given.keep else 0
     return LayerAnalysis(

@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import fx, nn
 
 from pyprune import operations as ops
 from pyprune.types import IntArray, Plan
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*|[0-9]+")
 
@@ -75,9 +77,30 @@ def convolutions(model: nn.Module) -> dict[str, Convolution]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Convolution)}
 
 
+def prunable(model: nn.Module) -> dict[str, Convolution | Transposed]:
+    """Return the layers that a plan may name: convolutions, and transposed ones, which no criterion ranks."""
+    kinds = Convolution | Transposed
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def zero_filters(model: nn.Module, name: str, filters: IntArray) -> None:
+    """Set the entries of parameter ``name`` that belong to ``filters`` to zero: rows, or what a transposed one has."""
+    owner: Any = model.get_submodule(name.rpartition(".")[0])
+    parameter = model.get_parameter(name).detach()
+    index = torch.from_numpy(filters).to(parameter.device)
+    if type(owner) in ops.TRANSPOSED and name.endswith(".weight"):
+        weight = ops.grouped_weight(owner)
+        weight[index // weight.shape[1], index % weight.shape[1]] = 0
+    else:
+        parameter.index_fill_(0, index, 0)
+
+
 def check_plan(who: str, model: nn.Module, plan: Plan) -> None:
-    """Raise ``ValueError`` unless every layer of ``plan`` is a convolution of ``model`` with those filters."""
-    layers = convolutions(model)
+    """Raise ``ValueError`` unless every layer of ``plan`` is a convolution of ``model`` with those filters.
+
+    Transposed convolutions are convolutions here, and their filters are their output channels.
+    """
+    layers = prunable(model)
     for name, kept in plan.keep.items():
         check_layer(who, name, layers)
         count = layers[name].out_channels
@@ -143,7 +166,8 @@ def dead_slices(model: nn.Module, plan: Plan, who: str = "dead_slices") -> dict[
     Returns
     -------
     dict
-        Sorted int64 indices; parameters with nothing to zero are left out.
+        Sorted int64 indices; parameters with nothing to zero are left out. For the weight of a transposed convolution
+        they are output channels (:func:`zero_filters` knows where those lie).
 
     Raises
     ------
@@ -221,12 +245,14 @@ class _MaskWalk:
         self.removed = {
             name: np.zeros(module.out_channels, np.bool_)  # also where a plan says nothing: padding may go around it
             for name, module in self.modules.items()
-            if type(module) in ops.CONVOLUTIONS
+            if type(module) in ops.CONVOLUTIONS | ops.TRANSPOSED
         }
         self.removed |= {name: self._removed(name, kept, stays.get(name, {})) for name, kept in plan.keep.items()}
         self.found: dict[str, dict[int, str]] = defaultdict(dict)
         self.streams: dict[fx.Node, _Stream | None] = {}
         self.norms: dict[str, list[_Stream | None]] = defaultdict(list)
+        self.silent = dict(self.removed)  # with the depthwise filters over removed channels
+        self.calls: Counter[str] = Counter()
         for name in self.removed:
             self._check_filters(name)
 
@@ -248,10 +274,12 @@ class _MaskWalk:
     def _revive(self, stream: _Stream, reason: str) -> None:
         for name, filters in stream.owners:
             for index in filters[stream.dead & (filters >= 0)]:
-                self.found[name].setdefault(int(index), reason)
+                if self.removed[name][index]:
+                    self.found[name].setdefault(int(index), reason)
 
     def follow(self, graph: fx.Graph) -> None:
         """Walk ``graph``, filling ``found`` and ``norms``."""
+        self.calls = call_counts(graph)
         for node in graph.nodes:
             self.streams[node] = self._step(node)
         for name, streams in self.norms.items():  # a norm used twice is masked only where both uses are
@@ -264,7 +292,7 @@ class _MaskWalk:
     def slices(self) -> dict[str, IntArray]:
         """Return what is zero, by parameter."""
         found: dict[str, IntArray] = {}
-        masked = {**self.removed, **{name: s[0].dead for name, s in self.norms.items() if s[0] is not None}}
+        masked = {**self.silent, **{name: s[0].dead for name, s in self.norms.items() if s[0] is not None}}
         for name, dead in masked.items():
             for leaf in ("weight", "bias"):
                 if dead.any() and getattr(self.modules[name], leaf) is not None:
@@ -308,8 +336,7 @@ class _MaskWalk:
         module = self.modules[name]
         kind = type(module)
         if name in self.removed and not is_changed(module):
-            dead = self.removed[name]
-            return _Stream(dead, ((name, np.arange(len(dead))),), len(module.kernel_size) + 2)
+            return self._convolution(name, module, stream)
         if kind in ops.NORMS and (stream is None or not stream.dead.any()):
             self.norms[name].append(None)
         if stream is None or is_changed(module):
@@ -323,6 +350,27 @@ class _MaskWalk:
         if kind in ops.MIXING_NORMS:
             self._revive(stream, f"reaches {name}, a {kind.__name__}, which mixes it with other channels")
         return None
+
+    def _convolution(self, name: str, module: Any, stream: _Stream | None) -> _Stream:
+        """Return new channels; a depthwise convolution mixes none, so its filters over removed ones are masked too."""
+        dead, ndim = self.removed[name], len(module.kernel_size) + 2
+        owners: tuple[tuple[str, IntArray], ...] = ((name, np.arange(len(dead))),)
+        if stream is not None and stream.ndim == ndim and self._is_depthwise(name, module, len(stream.dead)):
+            above = stream.at(np.repeat(np.arange(len(stream.dead)), len(dead) // len(stream.dead)))
+            over = above.dead & above.owned()
+            if self.zeroed and module.bias is not None:
+                alive = over & ~dead & (module.bias != 0).cpu().numpy()
+                self._revive(replace(above, dead=alive), f"reaches {name}, whose bias is not zero")
+                over &= ~alive
+            dead, owners = dead | over, owners + above.owners
+        self.silent[name] = dead
+        return _Stream(dead, owners, ndim)
+
+    def _is_depthwise(self, name: str, module: Any, channels: int) -> bool:
+        """Say whether each filter reads one channel, and nothing but this call reads the filters."""
+        own = not any(f"{name}.{leaf}" in self.tied for leaf in ("weight", "bias")) and self.calls[name] == 1
+        plain = isinstance(vars(module)["_parameters"].get("weight"), nn.Parameter)
+        return own and plain and 1 < module.groups == module.in_channels == channels
 
     def _norm(self, name: str, module: Any, stream: _Stream) -> _Stream | None:
         """Return the stream behind a per-channel norm, after noting the slices it zeroes."""

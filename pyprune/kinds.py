@@ -8,37 +8,151 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from torch import fx
+import torch
+from torch import fx, nn
 
 from pyprune import graph as graphs
 from pyprune import operations as ops
-from pyprune.channels import Value, _handles, _Walk
+from pyprune.channels import BoolArray, Value, _handles, _Hold, _Walk
+from pyprune.types import FloatArray, IntArray
 
 
-@_handles("call_module", *ops.CONVOLUTIONS)
+def outputs(module: Any) -> int:
+    """Return how many filters a convolution or linear layer has."""
+    return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
+
+
+@_handles("call_module", *ops.CONVOLUTIONS, *ops.TRANSPOSED)
 def _convolution(walk: _Walk, node: fx.Node) -> Value | None:
     name = str(node.target)
     module = walk.modules[name]
     output = walk.produce(node, name)
-    if module.groups != 1:
-        walk.pin_reads(node, f"feeds {name}, a grouped convolution")
-        walk.pin(output, "is a filter of a grouped convolution")
-    elif len(walk.shapes[node]) != len(module.kernel_size) + 2:
+    if module.groups > 1:
+        walk.groups[name] = module.groups
+    if len(walk.shapes[node]) != len(module.kernel_size) + 2:
         walk.pin_reads(node, f"feeds {name} without a batch dimension")
         walk.pin(output, "has no batch dimension")
         return None
+    walk.consume(node, name, takes_constants=True)
+    value = walk.inputs.get(name)
+    if value is None:
+        return output
+    if not _is_uniform(module):
+        read = np.repeat(
+            np.isnan(output.constants).reshape(module.groups, -1).any(1), module.in_channels // module.groups
+        )
+        kind = "whose borders see other values" if type(module) in ops.TRANSPOSED else "which pads with zeros"
+        walk.pin_constants(Value(value.slots[read], value.constants[read]), f"into {name}, {kind}")
+    if module.groups == 1:
+        return output
+    made = output.slots.reshape(module.groups, -1)
+    if len(value.slots) == module.groups:
+        _tie_depthwise(walk, name, value.slots, made)
     else:
-        walk.consume(node, name, takes_constants=_pads_nothing(module))
-    return output
+        _need_groups(walk, name, value, made)
+    constants = _constant_outputs(walk, name, module, value)
+    constants = np.where(np.isnan(output.constants), constants, output.constants)
+    walk.alive[output.slots] = np.isnan(constants)
+    return Value(output.slots, constants)
 
 
-def _pads_nothing(module: Any) -> bool:
+def _is_uniform(module: Any) -> bool:
     """Say whether a constant channel gives a constant result: at the border as in the middle."""
+    if type(module) in ops.TRANSPOSED:
+        sizes = (*module.kernel_size, *module.stride)
+        return all(size == 1 for size in sizes) and not any((*module.padding, *module.output_padding))
     if module.padding_mode != "zeros" or module.padding == "valid":
         return True
     if module.padding == "same":
         return all(size == 1 for size in module.kernel_size)
     return not any(module.padding)
+
+
+def _tie_depthwise(walk: _Walk, name: str, read: IntArray, made: IntArray) -> None:
+    """Let the filters [C, multiplier] over each input channel [C] hold it, and a single one be held by it."""
+    walk.holds += [_Hold(column, read, f"reaches {name}") for column in made.T]
+    if made.shape[1] == 1:
+        walk.holds.append(_Hold(read, made[:, 0], f"reaches {name}"))
+        walk.ties.append(walk.holds[-1])
+
+
+def _need_groups(walk: _Walk, name: str, value: Value, made: IntArray) -> None:
+    """Let the filters [groups, F / groups] of each group hold what is alive in the inputs of the group."""
+    read = value.slots.reshape(len(made), -1)
+    alive = np.isnan(value.constants).reshape(read.shape)
+    by, held = np.broadcast_arrays(made[:, :, None], read[:, None, :])
+    there = np.broadcast_to(alive[:, None, :], by.shape)
+    walk.holds.append(_Hold(by[there], held[there], f"reaches {name}"))
+
+
+def _constant_outputs(walk: _Walk, name: str, module: Any, value: Value) -> FloatArray:
+    """Return [F] what filters make of groups whose inputs are all constant; NaN elsewhere.
+
+    A constant other than 0 counts only where it stays one at the border. The weights are those of the model, and a
+    mask leaves them as they are wherever the filter is not dead.
+    """
+    constants = value.constants.reshape(module.groups, -1)
+    allowed = ~np.isnan(constants) if _is_uniform(module) else constants == 0
+    known: BoolArray = np.asarray(allowed.all(axis=1))
+    made = folded(module, np.where(known[:, None], constants, 0.0).ravel())
+    if module.bias is not None:
+        made = made + module.bias.detach().double()
+    run = len(made) // module.groups
+    return np.where(np.repeat(known, run), made.cpu().numpy(), np.nan)
+
+
+def folded(module: Any, constants: FloatArray) -> torch.Tensor:
+    """Return [F] what constant inputs [C] add to the outputs of a layer, in float64."""
+    weight = ops.grouped_weight(module).double()
+    weight = weight.flatten(3).sum(3) if weight.ndim > 3 else weight
+    used = torch.from_numpy(constants.reshape(len(weight), -1)).to(weight.device)
+    return torch.einsum("gfc,gc->gf", weight, used).flatten()
+
+
+def balance(walk: _Walk, leaves: BoolArray) -> bool:
+    """Bring channels back until the groups of every grouped convolution are equal; say whether that took any.
+
+    Groups that read and yield nothing any more leave as a whole. Every other gets as many inputs, and outputs, as
+    the one that keeps most. Of the channels that can come back, those go first that other unequal groups need as
+    well, then those that bring the fewest others back.
+    """
+    lacking = [(name, slots, stays, most) for name in walk.groups for slots, stays, most in _sides(walk, name, leaves)]
+    wanted = np.zeros(len(leaves), np.int64)
+    for _, slots, stays, most in lacking:
+        short = (stays.sum(1) < most)[:, None] & ~stays
+        wanted[slots[short]] += 1
+    holding = np.zeros(len(leaves), np.bool_)
+    for hold in walk.holds:
+        holding[hold.by] = True
+    for name, slots, stays, most in lacking:
+        found = False
+        for row, there in zip(slots, stays, strict=True):
+            missing = most - int(there.sum())
+            if missing > 0:
+                gone = row[~there]
+                order = np.lexsort((np.arange(len(gone)), holding[gone], -wanted[gone]))
+                found = True
+                _bring_back(walk, gone[order[:missing]], f"keeps the groups of {name} equal")
+        if found:  # the other layers' groups look different now
+            return True
+    return False
+
+
+def _sides(walk: _Walk, name: str, leaves: BoolArray) -> list[tuple[IntArray, BoolArray, int]]:
+    """Return, for the inputs and outputs of the groups that stay: slots, which stay, and the most in one group."""
+    groups = walk.groups[name]
+    made = np.arange(walk.first[name], walk.first[name] + walk.counts[name]).reshape(groups, -1)
+    value = walk.inputs.get(name)
+    if value is None:  # what is read is no layer's, and stays
+        return [(made, ~leaves[made], max(1, int((~leaves[made]).sum(1).max())))]
+    read = value.slots.reshape(groups, -1)
+    left = ~(leaves[read].all(1) & leaves[made].all(1))
+    sides = [(side[left], ~leaves[side[left]]) for side in (read, made)]
+    return [(slots, stays, max(1, int(stays.sum(1).max(initial=0)))) for slots, stays in sides]
+
+
+def _bring_back(walk: _Walk, slots: IntArray, reason: str) -> None:
+    walk.pin(Value(slots, np.zeros(len(slots))), reason)
 
 
 @_handles("call_module", *ops.NORMS)

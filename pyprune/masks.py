@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from pyprune import graph
+from pyprune import graph, operations
 from pyprune.types import IntArray, Plan
 
 
@@ -23,7 +23,8 @@ class Masks:
         The masked model. Its parameters are looked up by name each time, so they may be moved, converted or
         replaced in between.
     dead
-        For each parameter, by qualified name, the int64 indices along its first dimension that are zero.
+        For each parameter, by qualified name, the int64 indices along its first dimension that are zero; for the weight
+        of a transposed convolution, its output channels.
     kept
         Filters that the plan removes and that no mask can silence: ``{layer: {filter: reason}}``. They stay.
 
@@ -45,7 +46,7 @@ class Masks:
     @property
     def zeros(self) -> int:
         """How many numbers the masks hold at zero."""
-        return sum(len(rows) * self._parameter(name)[0].numel() for name, rows in self.dead.items())
+        return sum(len(rows) * self._parameter(name).numel() // self._filters(name) for name, rows in self.dead.items())
 
     def reapply(self) -> None:
         """Set every masked number to zero again, in place and outside of autograd.
@@ -58,7 +59,10 @@ class Masks:
         with torch.no_grad():
             for name in self.dead:
                 parameter = self._parameter(name)
-                parameter.index_fill_(0, self._rows(name, parameter.device), 0)
+                if self._is_transposed(name):
+                    graph.zero_filters(self.model, name, self.dead[name])
+                else:
+                    parameter.index_fill_(0, self._rows(name, parameter.device), 0)
 
     def attach(self, optimizer: Optimizer) -> Masks:
         """Reapply the masks after every step of ``optimizer``, since momentum and weight decay revive filters.
@@ -111,12 +115,23 @@ class Masks:
                 f"Masks: the model has no parameter {name!r} any more. Mask the model again after changing it."
             ) from None
         last = int(self.dead[name][-1])
-        if parameter.ndim == 0 or len(parameter) <= last:
+        if parameter.ndim == 0 or self._filters(name) <= last:
             raise ValueError(
                 f"Masks: {name!r} must have more than {last} rows; it has shape {list(parameter.shape)}. "
                 "Mask the model again after changing it."
             )
         return parameter
+
+    def _is_transposed(self, name: str) -> bool:
+        owner = self.model.get_submodule(name.rpartition(".")[0])
+        return type(owner) in operations.TRANSPOSED and name.endswith(".weight")
+
+    def _filters(self, name: str) -> int:
+        """Return how many filters, or entries of a norm, the parameter belongs to."""
+        if self._is_transposed(name):
+            owner: Any = self.model.get_submodule(name.rpartition(".")[0])
+            return int(owner.out_channels)
+        return len(self.model.get_parameter(name))
 
     def _rows(self, name: str, device: torch.device) -> torch.Tensor:
         if (name, device) not in self._indices:

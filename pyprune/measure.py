@@ -236,10 +236,11 @@ def _mean_auc(labels: IntArray, log_shares: FloatArray) -> float | None:
 
 
 class _Width(NamedTuple):
-    """How many of its inputs and outputs one layer has once the plan has been carried out."""
+    """How many inputs, outputs and groups one layer has once the plan has been carried out."""
 
     inputs: int
     outputs: int
+    groups: int
 
 
 class _Count(NamedTuple):
@@ -397,14 +398,15 @@ def _leaving(model: nn.Module, inputs: Sequence[torch.Tensor], plan: Plan) -> ch
 
 def _width(count: _Count, leaving: channels.Channels | None) -> _Width:
     """Return the inputs and outputs that a layer is left with."""
-    inputs, outputs = _full_width(count.module)
+    inputs, outputs, groups = _full_width(count.module)
     if leaving is None:
-        return _Width(inputs, outputs)
+        return _Width(inputs, outputs, groups)
     if count.name in leaving.inputs:
         inputs -= int(leaving.leaving_inputs(count.name).sum())
     if count.name in leaving.first:
         outputs -= int(leaving.leaving(count.name).sum())
-    return _Width(inputs, outputs)
+        groups = leaving.groups_left(count.name)
+    return _Width(inputs, outputs, groups)
 
 
 def _leaving_elsewhere(model: nn.Module, leaving: channels.Channels | None) -> int:
@@ -421,15 +423,15 @@ def _leaving_elsewhere(model: nn.Module, leaving: channels.Channels | None) -> i
 
 def _full_width(module: Counted) -> _Width:
     if isinstance(module, nn.Linear):
-        return _Width(module.in_features, module.out_features)
-    return _Width(module.in_channels, module.out_channels)
+        return _Width(module.in_features, module.out_features, 1)
+    return _Width(module.in_channels, module.out_channels, module.groups)
 
 
 def _weights(module: Counted, width: _Width) -> int:
     """Return how many weights ``module`` has at ``width``; groups divide them."""
     if isinstance(module, nn.Linear):
         return width.inputs * width.outputs
-    return width.inputs * width.outputs // module.groups * int(np.prod(module.kernel_size))
+    return width.inputs * width.outputs // width.groups * int(np.prod(module.kernel_size))
 
 
 def _layer(count: _Count, width: _Width) -> LayerCount:
@@ -448,7 +450,7 @@ def _layer(count: _Count, width: _Width) -> LayerCount:
 def _hrank(count: _Count, keep: Mapping[str, int]) -> LayerCount:
     """Count one layer by ``hrank_v1``: kept filters at full input width, biases of linear layers in the MACs."""
     full = _full_width(count.module)
-    layer = _layer(count, _Width(full.inputs, keep.get(count.name, full.outputs)))
+    layer = _layer(count, _Width(full.inputs, keep.get(count.name, full.outputs), full.groups))
     if not isinstance(count.module, nn.Linear) or count.module.bias is None:
         return layer
     biases = count.positions * full.outputs

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 CONVOLUTIONS: frozenset[type] = frozenset({nn.Conv1d, nn.Conv2d, nn.Conv3d})
+TRANSPOSED: frozenset[type] = frozenset({nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d})
 BATCH_NORMS: frozenset[type] = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d})
 INSTANCE_NORMS: frozenset[type] = frozenset({nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d})
 MIXING_NORMS: frozenset[type] = frozenset({nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm})
@@ -89,6 +90,14 @@ RESHAPE_METHODS = frozenset({"view", "reshape"})
 PAD_FUNCTIONS: dict[Any, str] = {F.pad: "F.pad"}
 INDEX_FUNCTIONS: dict[Any, str] = {torch.index_add: "torch.index_add", torch.index_select: "torch.index_select"}
 """What compaction writes where branches have different channels."""
+
+
+def grouped_weight(module: Any) -> torch.Tensor:
+    """Return a view [groups, outputs, inputs, ...] of the weight of any convolution or linear layer."""
+    weight: torch.Tensor = module.weight.detach()
+    if type(module) in TRANSPOSED:
+        return weight.view(module.groups, -1, *weight.shape[1:]).transpose(1, 2)
+    return weight.view(getattr(module, "groups", 1), -1, *weight.shape[1:])
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:

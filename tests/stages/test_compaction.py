@@ -256,8 +256,7 @@ def replaced():
 
 
 REASONS = {
-    "grouped": (lambda s, x: s.m(x), nn.Conv2d(4, 4, 3, groups=2), "feeds m, a grouped convolution"),
-    "transposed": (lambda s, x: s.m(x), nn.ConvTranspose2d(4, 4, 3), r"feeds m \(ConvTranspose2d\), which pyprune"),
+    "bilinear": (lambda s, x: s.m(x, x), nn.Bilinear(6, 6, 6), r"feeds m \(Bilinear\), which pyprune"),
     "softmax": (lambda s, x: torch.softmax(x, 1), None, r"feeds torch\.softmax, which pyprune does not know"),
     "cat": (lambda s, x: torch.cat([x, x], 1)[:, :4], None, r"feeds torch\.cat, which pyprune does not know"),
     "method": (lambda s, x: x.flip(2), None, r"feeds \.flip\(\), which pyprune does not know"),
