@@ -1,4 +1,4 @@
-"""Kernel SSIM on the pool: threads, callers, forked children, signals, memory. No torch, so that every sanitizer runs it."""
+"""Kernel SSIM on the pool: threads, callers, forked children, signals, memory. Without torch, for every sanitizer."""
 
 import os
 import subprocess
