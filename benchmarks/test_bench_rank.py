@@ -6,7 +6,7 @@ import torch
 from pyprune import machine
 from pyprune.ops.rank import _run, rank_variants
 
-COUNTS = {4: 20_000, 8: 10_000, 16: 4000, 32: 1000, 64: 200, 112: 50}
+COUNTS = {2: 40_000, 4: 20_000, 8: 10_000, 16: 4000, 32: 1000, 64: 200, 112: 50, 224: 16}
 RIVALS = ("torch_batched", "torch_loop", *(name for name in rank_variants(machine.this_machine()) if name[:3] == "cpu"))
 
 

@@ -3,6 +3,7 @@
 #include <pybind11/numpy.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -78,6 +79,26 @@ Layout layout_of(const std::string& name) {
   throw std::invalid_argument("rank: no layout " + name + "; there are auto, lanes and inside");
 }
 
+struct Spin {
+  const RankVariant& variant;
+  std::int64_t rounds;
+};
+
+// Float64 multiply-adds per second of so many threads that do nothing else: the floor that benchmarks divide by.
+double multiply_adds(const std::string& name, int threads) {
+  Spin spin{find(name), 1 << 16};
+  const auto task = [](void* context, std::ptrdiff_t) {
+    const Spin& given = *static_cast<const Spin*>(context);
+    volatile double kept = given.variant.spin(given.rounds);
+    static_cast<void>(kept);
+  };
+  py::gil_scoped_release release;
+  const auto began = std::chrono::steady_clock::now();
+  parallel_for(8 * threads, threads, task, &spin);
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - began;
+  return 8.0 * threads * static_cast<double>(spin.rounds * spin.variant.spin_width) / seconds.count();
+}
+
 // What "auto" chooses for a block of `maps` maps.
 std::string layout_for(const std::string& name, std::ptrdiff_t H, std::ptrdiff_t W, std::ptrdiff_t maps) {
   return rank_layout(find(name), {H, W, W, 1}, maps) == Layout::inside ? "inside" : "lanes";
@@ -113,6 +134,9 @@ void register_rank(py::module_& module) {
              "maps: float16, float32 or float64; bfloat16 as its bits, uint16, with dtype=\"bfloat16\".\n"
              "Halves are read in place, as exactly as float32.\n"
              "layout: \"lanes\" puts a map into each lane of a vector, \"inside\" works on one map at a time.");
+  module.def(
+      "multiply_adds", &multiply_adds, py::arg("variant"), py::arg("threads"),
+      "Float64 multiply-adds per second of this variant's vectors, measured in milliseconds: a floor for benchmarks.");
   module.def("rank_layout", &layout_for, py::arg("variant"), py::arg("H"), py::arg("W"), py::arg("maps"),
              "The layout that \"auto\" chooses for a block of so many maps [H, W].");
 }

@@ -11,6 +11,7 @@ bool supported() {
 }  // namespace
 
 extern const RankVariant kRankAvx2 = {
-    "cpu_avx2", "AVX2, FMA and F16C", supported, kLanes, workspace_bytes, run_block, 32, 24, inside_bytes, run_inside};
+    "cpu_avx2",   "AVX2, FMA and F16C", supported,      kLanes, workspace_bytes, run_block, 32, 24,
+    inside_bytes, run_inside,           kSpin * kLanes, spin};
 
 }  // namespace pyprune

@@ -14,6 +14,6 @@ bool supported() {
 
 extern const RankVariant kRankAvx512 = {
     "cpu_avx512", "AVX-512 F, VL and DQ", supported, kLanes, workspace_bytes, run_block, 14, 6, inside_bytes,
-    run_inside};
+    run_inside,   kSpin * kLanes,         spin};
 
 }  // namespace pyprune

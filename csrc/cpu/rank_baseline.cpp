@@ -11,6 +11,7 @@ bool supported() {
 }  // namespace
 
 extern const RankVariant kRankBaseline = {"cpu_baseline", "any CPU", supported, kLanes,       workspace_bytes,
-                                          run_block,      304,       296,       inside_bytes, run_inside};
+                                          run_block,      504,       496,       inside_bytes, run_inside,
+                                          kSpin * kLanes, spin};
 
 }  // namespace pyprune

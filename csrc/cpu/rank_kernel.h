@@ -717,6 +717,23 @@ bool run(const T* const* maps, const MapShape& s, double rtol, bool refine, void
   return any(found == constant(kRankUndecided));
 }
 
+// The floor: nothing but independent multiply-adds in registers, `rounds` times kSpin vectors.
+constexpr int kSpin = PYPRUNE_BLOCK == 3 ? 12 : 16;  // as many chains as hide the latency and stay in registers
+
+double spin(std::int64_t rounds) {
+  Vec sum[kSpin];
+  PYPRUNE_UNROLL
+  for (int i = 0; i < kSpin; ++i) sum[i] = broadcast(i);
+  const Vec half = broadcast(0.5), one = broadcast(1);
+  for (std::int64_t round = 0; round < rounds; ++round) {
+    PYPRUNE_UNROLL
+    for (int i = 0; i < kSpin; ++i) sum[i] = sum[i] * half + one;
+  }
+  double total = 0;
+  for (int i = 0; i < kSpin; ++i) total += sum[i][0];
+  return total;
+}
+
 bool run_block(const void* const* maps, const MapShape& s, Element element, double rtol, bool refine, void* workspace,
                std::int32_t* ranks) {
   switch (element) {

@@ -53,6 +53,9 @@ struct RankVariant {
   std::size_t (*inside_workspace)(const MapShape&);
   // One map, its lanes along the Gram matrix; kRankUndecided where only the tridiagonal path helps.
   std::int32_t (*run_inside)(const void* map, const MapShape&, Element, double rtol, void* workspace);
+  // For benchmarks: `rounds` times spin_width float64 multiply-adds and nothing else.
+  std::ptrdiff_t spin_width;
+  double (*spin)(std::int64_t rounds);
 };
 
 extern const RankVariant kRankBaseline, kRankAvx2, kRankAvx512;  // the latter two on x86-64 only
