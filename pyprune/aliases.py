@@ -15,8 +15,8 @@ FRESH, SAME, WRITES, UNKNOWN = "fresh", "same", "writes", "unknown"
 """What a call makes of its inputs: a new tensor; maybe one of them, or a view; one of them, changed; who knows."""
 
 _FRESH_MODULES = frozenset(
-    {*operations.CONVOLUTIONS, *operations.NORMS, *operations.MIXING_NORMS, *operations.ACTIVATIONS}
-    | {nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.RReLU, nn.Softmax, nn.LogSoftmax}
+    {*operations.CONVOLUTIONS, *operations.TRANSPOSED, *operations.ACTIVATIONS, nn.RReLU, nn.Softmax, nn.LogSoftmax}
+    | {nn.Linear, *operations.NORMS, *operations.GROUP_NORMS, *operations.MIXING_NORMS}
 )
 _SAME_MODULES = frozenset(
     {*operations.DROPOUTS, *operations.MAX_POOLS, *operations.AVG_POOLS, *operations.ADAPTIVE_AVG_POOLS}

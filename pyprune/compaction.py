@@ -611,7 +611,7 @@ class _Slimmed(fx.Interpreter):
         layer = self.masked.get(target)
         if layer is None:  # a functional dropout that follows the training flag, and this is eval mode
             return args[0]
-        if not [*layer.parameters(), *layer.buffers()]:
+        if type(layer) not in _SIZED and not [*layer.parameters(), *layer.buffers()]:
             return layer(*args, **kwargs)
         return _cut(target, copy.deepcopy(layer).double(), self.channels, {})(*args, **kwargs)
 
@@ -652,7 +652,7 @@ def _randomise(model: nn.Module, generator: torch.Generator) -> None:
 
     ranges = {"running_mean": (-1, 1), "running_var": (0.5, 2), "weight": (0.5, 1.5), "bias": (-0.5, 0.5)}
     for module in model.modules():
-        if type(module) in ops.NORMS | ops.MIXING_NORMS:
+        if type(module) in ops.NORMS | ops.GROUP_NORMS | ops.MIXING_NORMS:
             for leaf, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
                 if leaf in ranges:
                     tensor.copy_(uniform(tensor, *ranges[leaf]))

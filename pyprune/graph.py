@@ -337,16 +337,20 @@ class _MaskWalk:
         kind = type(module)
         if name in self.removed and not is_changed(module):
             return self._convolution(name, module, stream)
-        if kind in ops.NORMS and (stream is None or not stream.dead.any()):
+        if kind in ops.NORMS | ops.GROUP_NORMS and (stream is None or not stream.dead.any()):
             self.norms[name].append(None)
         if stream is None or is_changed(module):
             return None
-        if kind in ops.CHANNELWISE:
+        if kind in ops.CHANNELWISE or (not stream.flat and ops.pads_space(module, stream.ndim)):
             return stream
         if ops.is_flatten(node, self.modules):
             return replace(stream, flat=stream.ndim > 2, ndim=2)
         if kind in ops.NORMS:
             return self._norm(name, module, stream) if stream.dead.any() else stream
+        if kind in ops.GROUP_NORMS:
+            return self._group_norm(name, module, stream) if stream.dead.any() else stream
+        if ops.normalises_positions(module, stream.ndim) and not stream.flat:
+            return stream if getattr(module, "bias", None) is None else None
         if kind in ops.MIXING_NORMS:
             self._revive(stream, f"reaches {name}, a {kind.__name__}, which mixes it with other channels")
         return None
@@ -374,7 +378,7 @@ class _MaskWalk:
 
     def _norm(self, name: str, module: Any, stream: _Stream) -> _Stream | None:
         """Return the stream behind a per-channel norm, after noting the slices it zeroes."""
-        if kind_without_statistics(module):
+        if keeps_zeros(module):
             return stream
         tied = self.tied.get(f"{name}.weight") or self.tied.get(f"{name}.bias")
         if not module.affine or tied:
@@ -384,11 +388,32 @@ class _MaskWalk:
         if stream.flat:  # the norm's own size says how long each channel's run of columns is
             run = module.num_features // len(stream.dead)
             stream = replace(stream.at(np.repeat(np.arange(len(stream.dead)), run)), flat=False)
+        return self._masked_norm(name, module, stream)
+
+    def _group_norm(self, name: str, module: Any, stream: _Stream) -> _Stream | None:
+        """Return the stream behind a GroupNorm: only a group that is removed as a whole is silent there."""
+        if stream.flat or len(stream.dead) != module.num_channels:
+            self._revive(stream, f"reaches {name}, a GroupNorm, which mixes it with other channels")
+            return None
+        whole = np.repeat(stream.dead.reshape(module.num_groups, -1).all(1), len(stream.dead) // module.num_groups)
+        self._revive(
+            replace(stream, dead=stream.dead & ~whole),
+            f"reaches {name}, a GroupNorm, which mixes it with other channels",
+        )
+        stream = replace(stream, dead=whole)
+        tied = self.tied.get(f"{name}.weight") or self.tied.get(f"{name}.bias")
+        if tied:
+            self._revive(stream, f"reaches {name}, which shares its parameters with {tied}")
+            return None
+        return self._masked_norm(name, module, stream) if module.affine else stream
+
+    def _masked_norm(self, name: str, module: Any, stream: _Stream) -> _Stream | None:
+        """Note the slices of an affine norm that a mask zeroes, and return the stream behind it."""
         stream = replace(stream, dead=stream.dead & stream.owned())
-        if self.zeroed and len(stream.dead) == module.num_features:
+        if self.zeroed and len(stream.dead) == len(module.weight):
             alive = ((module.weight != 0) | (module.bias != 0)).cpu().numpy()
             self._revive(replace(stream, dead=stream.dead & alive), f"reaches {name}, whose slice is not zero")
-        self.norms[name].append(stream if len(stream.dead) == module.num_features else None)
+        self.norms[name].append(stream if len(stream.dead) == len(module.weight) else None)
         return self.norms[name][-1]
 
     def _add(self, node: fx.Node) -> _Stream | None:
@@ -416,9 +441,9 @@ class _MaskWalk:
         return replace(streams[0], dead=np.concatenate([s.dead for s in streams]), owners=owners)
 
 
-def kind_without_statistics(module: nn.Module) -> bool:
-    """Say whether ``module`` is an instance norm that maps a zero channel to zero by itself."""
-    return type(module) in ops.INSTANCE_NORMS and not module.affine and not module.track_running_stats
+def keeps_zeros(module: Any) -> bool:
+    """Say whether ``module`` is a norm of each channel by its own statistics that maps zero to zero."""
+    return type(module) in ops.NORMS and not module.affine and module.running_mean is None
 
 
 _PLAIN = (

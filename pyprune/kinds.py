@@ -165,14 +165,55 @@ def _norm(walk: _Walk, node: fx.Node) -> Value | None:
         walk.pin(value, f"feeds {name}, which {walk.fixed.get(name, 'normalises another dimension')}")
     else:
         walk.inputs[name] = value
-    constants = np.full(len(value.slots), np.nan)
-    if graphs.kind_without_statistics(module):
-        constants[value.constants == 0] = 0.0
-    else:
-        constants[walk.dead.get(f"{name}.weight", [])] = 0.0
-    lost = ~np.isnan(value.constants) & np.isnan(constants)
-    walk.pin(value, f"reaches {name}, a norm that is not masked there", lost)
-    return Value(value.slots, constants)
+    if graphs.keeps_zeros(module):
+        return _silenced(walk, value, value.constants == 0, f"reaches {name}, a norm by the statistics of the input")
+    return _silenced(walk, value, _masked_at(walk, name, value), f"reaches {name}, a norm that is not masked there")
+
+
+def _masked_at(walk: _Walk, name: str, value: Value) -> BoolArray:
+    """Return [C] where the mask zeroes weight and bias of a norm."""
+    masked = np.zeros(len(value.slots), np.bool_)
+    masked[walk.dead.get(f"{name}.weight", [])] = True
+    return masked
+
+
+def _silenced(walk: _Walk, value: Value, silent: BoolArray, reason: str) -> Value:
+    """Return ``value`` behind a norm: 0 where it is ``silent``, alive elsewhere, where a constant channel must stay."""
+    walk.pin(value, reason, ~np.isnan(value.constants) & ~silent)
+    return Value(value.slots, np.where(silent, 0.0, np.nan))
+
+
+@_handles("call_module", *ops.GROUP_NORMS)
+def _group_norm(walk: _Walk, node: fx.Node) -> Value | None:
+    """Normalise groups of channels: they leave as wholes, once all of their channels are dead."""
+    name, value = str(node.target), walk.source(node)
+    if value is None:
+        return None
+    module = walk.modules[name]
+    if name in walk.fixed or len(value.slots) != module.num_channels:
+        walk.pin(value, f"feeds {name}, which {walk.fixed.get(name, 'normalises another dimension')}")
+        return _silenced(walk, value, np.zeros(len(value.slots), np.bool_), f"reaches {name}, a GroupNorm")
+    walk.inputs[name] = value
+    run = module.num_channels // module.num_groups
+    reason = f"reaches {name}, a GroupNorm, which mixes it with other channels"
+    groups = value.slots.reshape(-1, run)
+    walk.holds.append(_Hold(groups.ravel(), np.roll(groups, 1, axis=1).ravel(), reason))
+    walk.ties.append(walk.holds[-1])
+    silent = _masked_at(walk, name, value) if module.affine else value.constants == 0
+    whole = np.repeat((silent & ~np.isnan(value.constants)).reshape(-1, run).all(axis=1), run)
+    return _silenced(walk, value, whole, reason)
+
+
+@_handles("call_module", *ops.MIXING_NORMS)
+def _mixing_norm(walk: _Walk, node: fx.Node) -> Value | None:
+    """Refuse what normalises over channels; what normalises positions without a bias leaves zeros alone."""
+    name, value = str(node.target), walk.source(node)
+    module, kind = walk.modules[name], type(walk.modules[name]).__name__
+    if value is None or not ops.normalises_positions(module, len(walk.shapes[node])):
+        return walk.pin_reads(node, f"reaches {name}, a {kind}, which mixes it with other channels")
+    if getattr(module, "bias", None) is not None:
+        return _silenced(walk, value, np.zeros(len(value.slots), np.bool_), f"reaches {name}, a {kind} with a bias")
+    return _silenced(walk, value, value.constants == 0, f"reaches {name}, a {kind}, which shifts constants")
 
 
 @_handles("call_module", *ops.MAX_POOLS)
@@ -186,12 +227,49 @@ def _max_pool(walk: _Walk, node: fx.Node) -> Value | None:
 @_handles("call_module", *ops.AVG_POOLS)
 @_handles("call_function", *ops.AVG_POOL_FUNCTIONS)
 def _avg_pool(walk: _Walk, node: fx.Node) -> Value | None:
+    """Average windows: a constant stays what it is unless padding counts, or the divisor is given."""
     value = walk.only(node)
-    padding = _option(walk, node, "padding", 3, 0)
-    padded = any(padding) if isinstance(padding, (list, tuple)) else padding != 0
-    uneven = _option(walk, node, "ceil_mode", 4, False) or _option(walk, node, "divisor_override", 6, None)
-    if value is not None and (padded or uneven):
+    if value is None:
+        return None
+    padded = bool(np.any(_option(walk, node, "padding", 3, 0)))
+    divisor = _option(walk, node, "divisor_override", 6, None)
+    if padded and (divisor or _option(walk, node, "count_include_pad", 5, True)):
         walk.pin_constants(value, f"into {node.name}, which averages it with padding")
+    elif divisor and _option(walk, node, "ceil_mode", 4, False):
+        walk.pin_constants(value, f"into {node.name}, whose last windows are smaller")
+    elif divisor:
+        size = _window(walk, node, 1)
+        return Value(value.slots, value.constants * (size / divisor))
+    return value
+
+
+def _window(walk: _Walk, node: fx.Node, position: int) -> int:
+    """Return the number of entries in a window of a pool."""
+    size: Any = _option(walk, node, "kernel_size", position, 1)
+    space = len(walk.shapes[node]) - 2
+    return int(np.prod(size)) if isinstance(size, (tuple, list)) else int(size) ** space
+
+
+@_handles("call_module", *ops.LP_POOLS)
+@_handles("call_function", *ops.LP_POOL_FUNCTIONS)
+def _lp_pool(walk: _Walk, node: fx.Node) -> Value | None:
+    """Add up the powers in windows: 0 stays 0, and other constants are kept."""
+    value = walk.only(node)
+    if value is not None:
+        walk.pin_constants(value, f"into {node.name}, which adds up its powers")
+    return value
+
+
+@_handles("call_module", *ops.PADS)
+def _pad_module(walk: _Walk, node: fx.Node) -> Value | None:
+    """Pad space; what is repeated or mirrored keeps a constant, and so does padding with that constant."""
+    name, value = str(node.target), walk.source(node)
+    module = walk.modules[name]
+    if value is None or not ops.pads_space(module, len(walk.shapes[node])):
+        return walk.pin_reads(node, f"feeds {name}, which pads channels")
+    if type(module) in ops.CONSTANT_PADS and any(width > 0 for width in module.padding):
+        other = ~np.isnan(value.constants) & (value.constants != module.value)
+        walk.pin(value, f"carries a constant into {name}, which pads with {module.value:g}", other)
     return value
 
 

@@ -18,8 +18,9 @@ CONVOLUTIONS: frozenset[type] = frozenset({nn.Conv1d, nn.Conv2d, nn.Conv3d})
 TRANSPOSED: frozenset[type] = frozenset({nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d})
 BATCH_NORMS: frozenset[type] = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d})
 INSTANCE_NORMS: frozenset[type] = frozenset({nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d})
-MIXING_NORMS: frozenset[type] = frozenset({nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm})
+MIXING_NORMS: frozenset[type] = frozenset({nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm})
 NORMS = BATCH_NORMS | INSTANCE_NORMS
+GROUP_NORMS: frozenset[type] = frozenset({nn.GroupNorm})
 
 ACTIVATIONS: frozenset[type] = frozenset({
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.SiLU, nn.GELU, nn.Mish, nn.Sigmoid, nn.Tanh,
@@ -34,9 +35,17 @@ MAX_POOLS: frozenset[type] = frozenset({
     nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
 })  # fmt: skip
 AVG_POOLS: frozenset[type] = frozenset({nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d})
+LP_POOLS: frozenset[type] = frozenset({nn.LPPool1d, nn.LPPool2d, nn.LPPool3d})
+CONSTANT_PADS: frozenset[type] = frozenset({
+    nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d,
+})  # fmt: skip
+PADS = CONSTANT_PADS | frozenset({
+    nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d,
+    nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
+})  # fmt: skip
 ADAPTIVE_AVG_POOLS: frozenset[type] = frozenset({nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d})
 UPSAMPLES: frozenset[type] = frozenset({nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d})
-CHANNELWISE = ACTIVATIONS | DROPOUTS | MAX_POOLS | AVG_POOLS | ADAPTIVE_AVG_POOLS | UPSAMPLES
+CHANNELWISE = ACTIVATIONS | DROPOUTS | MAX_POOLS | AVG_POOLS | LP_POOLS | ADAPTIVE_AVG_POOLS | UPSAMPLES
 """Modules whose output channel i depends on input channel i alone, and on it in the same way for every i."""
 
 ACTIVATION_FUNCTIONS: dict[Any, str] = {
@@ -47,8 +56,27 @@ ACTIVATION_FUNCTIONS: dict[Any, str] = {
     F.hardsigmoid: "F.hardsigmoid", F.softplus: "F.softplus", F.softsign: "F.softsign",
     F.logsigmoid: "F.logsigmoid", F.threshold: "F.threshold", F.hardshrink: "F.hardshrink",
     F.softshrink: "F.softshrink", F.tanhshrink: "F.tanhshrink", torch.abs: "torch.abs", torch.clamp: "torch.clamp",
+    torch.exp: "torch.exp", torch.cos: "torch.cos", torch.sin: "torch.sin", torch.erf: "torch.erf",
+    torch.square: "torch.square", torch.tanh: "torch.tanh",
 }  # fmt: skip
-ACTIVATION_METHODS = frozenset({"relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "abs", "clamp", "clamp_"})
+ACTIVATION_METHODS = frozenset(
+    {
+        "relu",
+        "relu_",
+        "sigmoid",
+        "sigmoid_",
+        "tanh",
+        "tanh_",
+        "abs",
+        "clamp",
+        "clamp_",
+        "exp",
+        "cos",
+        "sin",
+        "erf",
+        "square",
+    }
+)
 DROPOUT_FUNCTIONS: dict[Any, str] = {
     F.dropout: "F.dropout", F.dropout1d: "F.dropout1d", F.dropout2d: "F.dropout2d", F.dropout3d: "F.dropout3d",
     F.alpha_dropout: "F.alpha_dropout", F.feature_alpha_dropout: "F.feature_alpha_dropout",
@@ -66,6 +94,9 @@ MAX_POOL_FUNCTIONS: dict[Any, str] = {
 AVG_POOL_FUNCTIONS: dict[Any, str] = {
     F.avg_pool1d: "F.avg_pool1d", F.avg_pool2d: "F.avg_pool2d", F.avg_pool3d: "F.avg_pool3d",
 }  # fmt: skip
+LP_POOL_FUNCTIONS: dict[Any, str] = {
+    F.lp_pool1d: "F.lp_pool1d", F.lp_pool2d: "F.lp_pool2d", F.lp_pool3d: "F.lp_pool3d",
+}  # fmt: skip
 ADAPTIVE_AVG_POOL_FUNCTIONS: dict[Any, str] = {
     F.adaptive_avg_pool1d: "F.adaptive_avg_pool1d", F.adaptive_avg_pool2d: "F.adaptive_avg_pool2d",
     F.adaptive_avg_pool3d: "F.adaptive_avg_pool3d",
@@ -73,7 +104,7 @@ ADAPTIVE_AVG_POOL_FUNCTIONS: dict[Any, str] = {
 INTERPOLATE_FUNCTIONS: dict[Any, str] = {F.interpolate: "F.interpolate"}
 CHANNELWISE_FUNCTIONS: dict[Any, str] = {
     **ACTIVATION_FUNCTIONS, **DROPOUT_FUNCTIONS, **MAX_POOL_FUNCTIONS, **AVG_POOL_FUNCTIONS,
-    **ADAPTIVE_AVG_POOL_FUNCTIONS, **INTERPOLATE_FUNCTIONS,
+    **LP_POOL_FUNCTIONS, **ADAPTIVE_AVG_POOL_FUNCTIONS, **INTERPOLATE_FUNCTIONS,
 }  # fmt: skip
 
 ADD_FUNCTIONS: dict[Any, str] = {operator.add: "operator.add", operator.iadd: "operator.iadd", torch.add: "torch.add"}
@@ -98,6 +129,16 @@ def grouped_weight(module: Any) -> torch.Tensor:
     if type(module) in TRANSPOSED:
         return weight.view(module.groups, -1, *weight.shape[1:]).transpose(1, 2)
     return weight.view(getattr(module, "groups", 1), -1, *weight.shape[1:])
+
+
+def pads_space(module: Any, ndim: int) -> bool:
+    """Say whether ``module`` pads dimensions behind the channels of a tensor of ``ndim`` dimensions only."""
+    return type(module) in PADS and len(module.padding) // 2 <= ndim - 2
+
+
+def normalises_positions(module: Any, ndim: int) -> bool:
+    """Say whether ``module`` normalises dimensions behind the channels of a tensor of ``ndim`` dimensions only."""
+    return type(module) in (nn.LayerNorm, nn.RMSNorm) and ndim - len(module.normalized_shape) >= 2
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:

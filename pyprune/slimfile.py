@@ -63,6 +63,11 @@ _OUTPUT: list[_Setting] = [("output_size", "output", REQUIRED)]
 _P: list[_Setting] = [("p", "number", 0.5), ("inplace", "flag", False)]
 _INPLACE: list[_Setting] = [("inplace", "flag", False)]
 _SCALED: list[_Setting] = [("size", "output", None), ("scale_factor", "scale", None)]
+_LP_POOL: list[_Setting] = [
+    ("norm_type", "number", REQUIRED), ("kernel_size", "size", REQUIRED), ("stride", "size", None),
+    ("ceil_mode", "flag", False),
+]  # fmt: skip
+_CONSTANT_PAD: list[_Setting] = [("padding", "widths", REQUIRED), ("value", "number", REQUIRED)]
 _LAMBDA: list[_Setting] = [("lambd", "number", 0.5)]
 
 MODULES: dict[type, list[_Setting]] = {
@@ -93,7 +98,7 @@ MODULES: dict[type, list[_Setting]] = {
     nn.Threshold: [("threshold", "number", REQUIRED), ("value", "number", REQUIRED), *_INPLACE],
     nn.Hardshrink: _LAMBDA, nn.Softshrink: _LAMBDA,
     nn.PReLU: [("num_parameters", "count", 1)],
-    nn.Softmax: [("dim", "optional", None)], nn.LogSoftmax: [("dim", "optional", None)],
+    nn.Softmax2d: [], nn.Softmax: [("dim", "optional", None)], nn.LogSoftmax: [("dim", "optional", None)],
     nn.Dropout: _P, nn.Dropout1d: _P, nn.Dropout2d: _P, nn.Dropout3d: _P, nn.AlphaDropout: _P,
     nn.FeatureAlphaDropout: _P,
     nn.MaxPool1d: _MAX_POOL, nn.MaxPool2d: _MAX_POOL, nn.MaxPool3d: _MAX_POOL,
@@ -103,8 +108,12 @@ MODULES: dict[type, list[_Setting]] = {
     nn.Flatten: [("start_dim", "whole", 1), ("end_dim", "whole", -1)],
     nn.Upsample: [*_SCALED, ("mode", "choice", "nearest"), ("align_corners", "flag or none", None)],
     nn.UpsamplingNearest2d: _SCALED, nn.UpsamplingBilinear2d: _SCALED,
-    nn.ZeroPad2d: [("padding", "sizes", REQUIRED)], nn.ReflectionPad2d: [("padding", "sizes", REQUIRED)],
-    nn.ReplicationPad2d: [("padding", "sizes", REQUIRED)],
+    nn.RMSNorm: [
+        ("normalized_shape", "sizes", REQUIRED), ("eps", "momentum", None), ("elementwise_affine", "flag", True),
+    ],
+    nn.LPPool1d: _LP_POOL, nn.LPPool2d: _LP_POOL, nn.LPPool3d: _LP_POOL,
+    **{kind: [("padding", "widths", REQUIRED)] for kind in sorted(ops.PADS, key=lambda kind: kind.__name__)},
+    nn.ConstantPad1d: _CONSTANT_PAD, nn.ConstantPad2d: _CONSTANT_PAD, nn.ConstantPad3d: _CONSTANT_PAD,
     nn.PixelShuffle: [("upscale_factor", "count", REQUIRED)],
 }  # fmt: skip
 MODULE_NAMES = {kind.__name__: kind for kind in MODULES}
@@ -221,7 +230,7 @@ def _unwritable(module: Any) -> str:
     """Return what a module does that no setting in the table says, or nothing."""
     if getattr(module, "return_indices", False):
         return "returns indices"
-    if type(module) in ops.NORMS and module.affine and module.bias is None:
+    if type(module) in ops.NORMS | ops.GROUP_NORMS and module.affine and module.bias is None:
         return "has a weight and no bias"
     return "has its scale factor recomputed" if getattr(module, "recompute_scale_factor", None) else ""
 
@@ -369,6 +378,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "optional": lambda value: value is None or _is_whole(value),
     "size": lambda value: value is None or _is_whole(value, 0) or _is_sizes(value),
     "sizes": _is_sizes,
+    "widths": lambda value: _is_sizes(value, -MAX_COUNT),
     "padding": lambda value: _is_sizes(value) or value in ("same", "valid"),
     "output": lambda value: (
         value is None
@@ -541,9 +551,11 @@ class _Counts:
     def _step(self, node: fx.Node, source: tuple[int, int] | None) -> tuple[int, int] | None:
         if node.op == "call_module":
             module: Any = self.modules[str(node.target)]
-            if type(module) in ops.CONVOLUTIONS:
+            if type(module) in ops.CONVOLUTIONS | ops.TRANSPOSED:
                 return module.out_channels, len(module.kernel_size) + 2
-            return source if type(module) in ops.CHANNELWISE | ops.NORMS else None
+            known = ops.CHANNELWISE | ops.NORMS | ops.GROUP_NORMS | ops.MIXING_NORMS
+            spatial = source is not None and ops.pads_space(module, source[1])
+            return source if type(module) in known or spatial else None
         if source is None or node.op not in ("call_function", "call_method"):
             return None
         count, ndim = source

@@ -275,7 +275,7 @@ REASONS = {
     "product": (lambda s, x: x * x.mean((2, 3), keepdim=True), None, r"feeds operator\.mul together with another"),
     "average": (lambda s, x: x + x.mean(1, keepdim=True), None, "is averaged with other channels by mean"),
     "reshape": (lambda s, x: x.view(-1, 2, x.size(2), x.size(3)).view(-1, 4, 6, 6), None, r"is reshaped by \.view\(\)"),
-    "group norm": (lambda s, x: s.m(x), nn.GroupNorm(2, 4), "reaches m, a GroupNorm, which mixes it"),
+    "group norm": (lambda s, x: s.m(x), nn.GroupNorm(1, 4), "reaches m, a GroupNorm, which mixes it"),
     "no affine": (lambda s, x: s.m(x), nn.BatchNorm2d(4, affine=False), "reaches m, a norm without affine parameters"),
     "padded average": (
         lambda s, x: F.avg_pool2d(torch.sigmoid(x), 3, 1, padding=1), None,

@@ -1,6 +1,8 @@
 """Kinds of layers: grouped, depthwise and transposed convolutions, norms, pools and activations, proved exact."""
 
 import copy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from test_compaction import randomised
 from torch import nn
 
 import pyprune as pp
-from pyprune import graph, measure
+from pyprune import files, graph, measure
 from pyprune.types import Plan
 from tolerances import COMPACTED_FLOAT64
 
@@ -294,3 +296,318 @@ def test_round_to_and_union_keep_groups_equal():
         assert slim.certificate.max_difference <= COMPACTED_FLOAT64
         for name in plan.keep:
             assert slim.model.get_submodule(name).out_channels % options.get("round_to", 1) == 0
+
+
+def between(*layers, padding=0, width=4):
+    """Two convolutions with layers between them."""
+    return nn.Sequential(nn.Conv2d(2, width, 1), *layers, nn.Conv2d(width, 2, 3, padding=padding))
+
+
+def test_groups_of_a_group_norm_leave_as_wholes():
+    for affine in (True, False):
+        model = between(nn.GroupNorm(3, 6, affine=affine), nn.ReLU(), padding=1, width=6)
+        slim = assert_exact(model, Plan({"0": [0, 2, 3]}))  # 1 | - | 4, 5
+        reason = "reaches 1, a GroupNorm, which mixes it with other channels"
+        assert slim.kept == {"0": {1: reason}}
+        norm = slim.model.get_submodule("1")
+        assert (norm.num_groups, norm.num_channels) == (2, 4)
+        assert sizes(slim, "0", "3") == [(2, 4, 1), (4, 2, 1)]
+        masks = pp.mask_(copy.deepcopy(model), Plan({"0": [0, 2, 3]}))
+        assert masks.kept == {"0": {1: reason}}
+        assert {name: one.tolist() for name, one in masks.dead.items()} == {
+            name: [4, 5] for name in ("0.weight", "0.bias", *(("1.weight", "1.bias") if affine else ()))
+        }
+
+
+def test_a_group_norm_with_one_group_keeps_all_and_with_groups_of_one_loses_all():
+    assert len(assert_exact(between(nn.GroupNorm(1, 4)), Plan({"0": [1]})).kept["0"]) == 3
+    slim = assert_exact(between(nn.Sigmoid(), nn.GroupNorm(4, 4), padding=1), Plan({"0": [1]}))
+    assert slim.kept == {}
+    assert slim.model.get_submodule("2").num_groups == 1
+    reason = "reaches 2, a GroupNorm, which mixes it with other channels"  # constants that rounding would turn up
+    slim = assert_exact(between(nn.Sigmoid(), nn.GroupNorm(4, 4, affine=False)), Plan({"0": [1]}))
+    assert set(slim.kept["0"].values()) == {reason}
+
+
+def test_a_group_norm_over_a_sum():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.norm = (
+                nn.Conv2d(2, 6, 1),
+                nn.Conv2d(2, 6, 1),
+                nn.Conv2d(6, 2, 3),
+                nn.GroupNorm(3, 6),
+            )
+
+        def forward(self, x):
+            return self.c(F.relu(self.norm(self.a(x) + self.b(x))))
+
+    for mode in ("scatter", "intersect"):
+        slim = assert_exact(Sum(), Plan({"a": [0, 1], "b": [1, 3]}), residual=mode)
+        assert slim.model.norm.num_groups == 2
+        assert all("a GroupNorm" in why or "reaches add" in why for one in slim.kept.values() for why in one.values())
+
+
+NORMS = {
+    "instance": (lambda: nn.InstanceNorm2d(4), None),
+    "instance affine": (lambda: nn.InstanceNorm2d(4, affine=True), None),
+    "instance with statistics": (lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True), None),
+    "instance with statistics alone": (
+        lambda: nn.InstanceNorm2d(4, track_running_stats=True), "reaches 1, a norm without affine parameters",
+    ),
+    "batch": (lambda: nn.BatchNorm2d(4), None),
+    "batch without statistics": (lambda: nn.BatchNorm2d(4, track_running_stats=False), None),
+    "batch without both": (lambda: nn.BatchNorm2d(4, affine=False, track_running_stats=False), None),
+    "batch without affine": (lambda: nn.BatchNorm2d(4, affine=False), "reaches 1, a norm without affine parameters"),
+    "layer": (lambda: nn.LayerNorm((4, 8, 8)), "reaches 1, a LayerNorm, which mixes it with other channels"),
+    "layer of positions": (lambda: nn.LayerNorm((8, 8)), "reaches 1, a LayerNorm with a bias"),
+    "layer of rows": (lambda: nn.LayerNorm(8, bias=False), None),
+    "layer without affine": (lambda: nn.LayerNorm(8, elementwise_affine=False), None),
+    "root mean square of rows": (lambda: nn.RMSNorm(8), None),
+    "root mean square": (lambda: nn.RMSNorm((4, 8, 8)), "reaches 1, a RMSNorm, which mixes it with other channels"),
+    "response": (lambda: nn.LocalResponseNorm(2), "reaches 1, a LocalResponseNorm, which mixes it with other channels"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NORMS)
+def test_norms(case):
+    build, reason = NORMS[case]
+    slim = assert_exact(between(build(), nn.ReLU(), padding=1), Plan({"0": [1, 3]}))
+    assert slim.kept == ({"0": {0: reason, 2: reason}} if reason else {})
+    slim = assert_exact(between(nn.Sigmoid(), build()), Plan({"0": [1, 3]}))
+    masked = case in ("instance affine", "instance with statistics", "batch", "batch without statistics")
+    assert (slim.kept == {}) == masked
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    seed=st.integers(0, 99),
+    groups=st.sampled_from([1, 2, 3, 4, 6, 12]),
+    affine=st.booleans(),
+    share=st.floats(0.1, 0.9),
+)
+def test_any_plan_of_group_norms(seed, groups, affine, share):
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(2, 12, 3, padding=1), nn.GroupNorm(groups, 12, affine=affine), nn.SiLU(),
+        nn.Conv2d(12, 12, 3, padding=1, groups=3), nn.GroupNorm(4, 12), nn.ReLU(),
+        nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.GroupNorm(6, 12), nn.ReLU(), nn.Conv2d(12, 2, 1),
+    )  # fmt: skip
+    assert_exact(model, some(model, seed, share=share, only=lambda layer: layer.out_channels > 2))
+
+
+class Part(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+SHIFTED = {
+    "sigmoid": nn.Sigmoid(), "softplus": nn.Softplus(), "hardsigmoid": nn.Hardsigmoid(), "exp": Part(torch.exp),
+    "cos": Part(lambda x: x.cos()), "shifted": Part(lambda x: F.elu(x) + 1), "logsigmoid": nn.LogSigmoid(),
+    "scaled": Part(lambda x: (x - 3) / 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SHIFTED)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_constants_of_activations_are_folded_where_the_border_sees_them_too(case, groups):
+    for mode, padding in (("zeros", 0), ("reflect", 1), ("replicate", 1), ("circular", 1)):
+        model = nn.Sequential(
+            nn.Conv2d(2, 4, 1), SHIFTED[case],
+            nn.Conv2d(4, 4, 3, 1, padding, groups=groups, padding_mode=mode, bias=False), SHIFTED[case],
+            nn.Flatten(), nn.Linear(4 * (36 if padding == 0 else 64), 2),
+        )  # fmt: skip
+        slim = assert_exact(model, Plan({"0": [1, 2], "2": [0, 3]}))
+        assert sizes(slim, "0") == [(2, 2, 1)]
+        if groups < 4:
+            assert slim.kept == {}
+            assert slim.model.get_submodule("5").in_features == model[5].in_features // 2
+    model = between(SHIFTED[case], padding=1)
+    slim = assert_exact(model, Plan({"0": [1, 2]}))
+    assert all("which pads with zeros" in why for why in slim.kept["0"].values())
+
+
+POOLS = {
+    "average": (nn.AvgPool2d(2), None),
+    "average, ceiling": (nn.AvgPool2d(3, 2, ceil_mode=True), None),
+    "average, padding": (nn.AvgPool2d(3, 2, 1), "into _2, which averages it with padding"),
+    "average, padding that does not count": (nn.AvgPool2d(3, 2, 1, True, False), None),
+    "average, divisor": (nn.AvgPool2d(3, 1, divisor_override=2), None),
+    "average, divisor and ceiling": (
+        nn.AvgPool2d(3, 2, ceil_mode=True, divisor_override=5), "into _2, whose last windows are smaller",
+    ),
+    "average, function": (Part(lambda x: F.avg_pool2d(x, 3, 2, 1, True, False)), None),
+    "average, function with a divisor": (Part(lambda x: F.avg_pool2d(x, (2, 3), divisor_override=7)), None),
+    "power": (nn.LPPool2d(2, 3, ceil_mode=True), "into _2, which adds up its powers"),
+    "maximum": (nn.MaxPool2d(3, 2, 1, ceil_mode=True), None),
+    "adaptive": (nn.AdaptiveAvgPool2d((3, None)), None),
+    "adaptive maximum": (nn.AdaptiveMaxPool2d(5), None),
+    "nearest": (nn.Upsample(scale_factor=2), None),
+    "bilinear": (nn.Upsample(scale_factor=1.7, mode="bilinear"), None),
+    "bicubic": (nn.Upsample(size=(9, 5), mode="bicubic", align_corners=True), None),
+    "zeros around": (nn.ZeroPad2d((1, 0, 2, 1)), "carries a constant into 2, which pads with 0"),
+    "cropped": (nn.ZeroPad2d((-1, 0, -2, 0)), None),
+    "halves around": (nn.ConstantPad2d(1, 0.5), None),
+    "mirrored": (nn.ReflectionPad2d(2), None),
+    "repeated": (nn.ReplicationPad2d((0, 1, 1, 0)), None),
+    "round": (nn.CircularPad2d(1), None),
+    "softmax over channels": (nn.Softmax2d(), "feeds 2 (Softmax2d), which pyprune does not know"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", POOLS)
+def test_pools_and_paddings_of_constants(case):
+    pool, reason = POOLS[case]
+    slim = assert_exact(between(nn.Sigmoid(), pool), Plan({"0": [1, 3]}), (2, 2, 12, 10))
+    if reason is None:
+        assert slim.kept == {}
+        assert slim.model.get_submodule("3").bias is not None
+    else:
+        assert all(reason in why for why in slim.kept["0"].values())
+        assert len(slim.kept["0"]) == 2
+    if "softmax" not in case:
+        slim = assert_exact(between(nn.ReLU(), pool, padding=1), Plan({"0": [1, 3]}), (2, 2, 12, 10))
+        assert (slim.kept == {}) == (case != "halves around")
+
+
+class Many(nn.Module):
+    """Every kind of layer of a number of dimensions."""
+
+    def __init__(self, dims):
+        super().__init__()
+        conv, up = getattr(nn, f"Conv{dims}d"), getattr(nn, f"ConvTranspose{dims}d")
+        self.stem, self.n1 = conv(2, 8, 3, padding=1), getattr(nn, f"BatchNorm{dims}d")(8)
+        self.depth, self.n2 = conv(8, 16, 3, padding=1, groups=8, bias=False), nn.GroupNorm(4, 16)
+        self.grouped, self.n3 = conv(16, 12, 3, groups=2), getattr(nn, f"InstanceNorm{dims}d")(12, affine=True)
+        self.pad, self.pool = getattr(nn, f"ReplicationPad{dims}d")(1), getattr(nn, f"LPPool{dims}d")(2, 2)
+        self.up = up(12, 12, 3, stride=2, padding=1, output_padding=1, groups=3)
+        self.up2, self.rows = up(12, 4, 2, bias=False), nn.LayerNorm(9, bias=False)
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = F.relu(self.n1(self.stem(x)))
+        x = F.silu(self.n2(self.depth(x)))
+        x = self.pool(self.pad(torch.tanh(self.n3(self.grouped(x)))))
+        x = self.rows(self.up2(torch.tanh(self.up(x))))
+        return self.linear(x.mean(tuple(range(2, len(self.up2.kernel_size) + 2))))
+
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_every_number_of_dimensions(dims):
+    torch.manual_seed(dims)
+    model = Many(dims)
+    plan = Plan({"stem": [0, 1, 4, 5], "grouped": [0, 1, 4, 6, 8, 10], "up": [0, 5, 8], "up2": [1, 3]})
+    slim = assert_exact(model, plan, (2, 2, *[8] * dims))
+    assert slim.kept == {}
+    names = ("stem", "depth", "grouped", "up", "up2")
+    assert sizes(slim, *names) == [(2, 4, 1), (4, 8, 4), (8, 6, 2), (6, 3, 3), (3, 2, 1)]
+    kernel = 3**dims
+    convolutions = 4 * 2 * kernel + 4 + 8 * kernel + 6 * 4 * kernel + 6 + 6 * kernel + 3 + 3 * 2 * 2**dims
+    assert slim.after.parameters == convolutions + 8 + 16 + 12 + 9 + 2 * 3 + 3
+    assert_exact(model, some(model, dims, (*CONVOLUTIONS, *TRANSPOSED)), (2, 2, *[8] * dims))
+
+
+def test_transposed_convolutions_by_hand():
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ConvTranspose2d(2, 3, 2, 2), nn.ReLU(), nn.Conv2d(3, 1, 1)).eval()
+    plan = Plan({"0": [1], "1": [0, 2]})
+    weight = model[1].weight.detach().clone()
+    dead = graph.dead_slices(model, plan)
+    assert dead["1.weight"].tolist() == dead["1.bias"].tolist() == [1]
+    slim = assert_exact(model.double(), plan, (2, 1, 8, 8))
+    assert sizes(slim, "0", "1", "3") == [(1, 1, 1), (1, 2, 1), (2, 1, 1)]
+    assert torch.equal(slim.model.get_submodule("1").weight, weight[1:, [0, 2]].double())
+    masks = pp.mask_(model, plan)
+    assert masks.zeros == 1 + 1 + 2 * 4 + 1
+    assert model[1].weight[:, 1].abs().max() == 0
+    assert torch.equal(model[1].weight[:, [0, 2]], weight[:, [0, 2]].double())
+    with torch.no_grad():
+        model[1].weight += 1
+    masks.reapply()
+    assert model[1].weight[:, 1].abs().max() == 0
+
+
+def test_filters_of_grouped_transposed_convolutions_are_zeroed_in_their_group():
+    model = nn.Sequential(nn.ConvTranspose1d(4, 6, 3, groups=2))
+    pp.mask_(model, Plan({"0": [0, 1, 3, 5]}))
+    x = torch.randn(2, 4, 5)
+    zero = [i for i in range(6) if not model(x)[:, i].any()]
+    assert zero == [2, 4]
+    assert model[0].weight.count_nonzero() == 4 * 2 * 3
+    assert not model[0].weight[:2, 2].any()
+    assert not model[0].weight[2:, 1].any()
+
+
+def test_constants_into_transposed_convolutions():
+    for kernel, stride, folds in ((1, 1, True), (2, 2, False), (3, 1, False)):
+        model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Sigmoid(), nn.ConvTranspose2d(4, 2, kernel, stride))
+        slim = assert_exact(model, Plan({"0": [0]}))
+        reason = "carries the constant 0.5 into 2, whose borders see other values"
+        assert slim.kept == ({} if folds else {"0": {1: reason, 2: reason, 3: reason}})
+
+
+def test_a_size_for_a_transposed_convolution():
+    class Sized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.down, self.up = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3, 2), nn.ConvTranspose2d(4, 4, 3, 2)
+            self.last = nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.last(F.relu(self.up(self.down(x), output_size=x.shape[2:])))
+
+    slim = assert_exact(Sized(), Plan({"a": [1], "down": [0, 3], "up": [2]}))
+    assert slim.kept == {}
+    assert sizes(slim, "a", "down", "up") == [(2, 1, 1), (1, 2, 1), (2, 1, 1)]
+
+
+WITHOUT_PYPRUNE = """
+import importlib.util, sys
+sys.modules["pyprune"] = None
+from safetensors.torch import load_file, save_file
+for folder in sys.argv[1:]:
+    spec = importlib.util.spec_from_file_location("slim_model", folder + "/slim_model.py")
+    slim_model = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(slim_model)
+    found = slim_model.load()(load_file(folder + "/x.safetensors")["x"])
+    save_file({"found": found.contiguous()}, folder + "/found.safetensors")
+"""
+
+
+def test_the_slim_folder_holds_every_kind(tmp_path):
+    torch.manual_seed(0)
+    networks = {f"many {dims}": (Many(dims), (2, 2, *[8] * dims)) for dims in (1, 2, 3)}
+    networks |= {"mobilenet": (mobilenet_v2(), (2, 2, 8, 8)), "grouped": (Grouped(), (2, 2, 8, 8))}
+    networks |= {"transposed": (Grouped(transposed=True), (2, 2, 8, 8))}
+    for case, (pool, _) in POOLS.items():
+        if not isinstance(pool, Part) and "divisor" not in case:
+            networks[case] = (between(nn.Sigmoid(), copy.deepcopy(pool)), (2, 2, 12, 10))
+    for case, (norm, _) in NORMS.items():
+        networks[case] = (between(norm(), nn.ReLU()), (2, 2, 8, 8))
+    expected = {}
+    for name, (model, shape) in networks.items():
+        x = torch.randn(shape)
+        plan = some(randomised(model), 1, (*CONVOLUTIONS, *TRANSPOSED), only=lambda layer: layer.out_channels > 2)
+        slim = pp.compact(model, plan, x, latency=False)
+        place = pp.save_slim(slim, tmp_path / name)
+        expected[name] = slim.model.eval()(x)
+        assert torch.equal(pp.load_slim(place)(x), expected[name])
+        files.write_tensors(place / "x.safetensors", {"x": x}, {})
+    run = [sys.executable, "-c", WITHOUT_PYPRUNE, *(str(tmp_path / name) for name in networks)]
+    subprocess.run(run, check=True, timeout=120)
+    for name, outputs in expected.items():
+        found, _ = files.read_tensors("test", tmp_path / name / "found.safetensors")
+        assert torch.equal(found["found"], outputs)
+    source = (tmp_path / "many 2" / "slim_model.py").read_text()
+    assert "self.up = nn.ConvTranspose2d(" in source
+    assert "groups=" in source
+    assert "nn.GroupNorm(" in source
