@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,3 +150,26 @@ def test_a_million_calls_keep_no_memory(variant):
         timeout=1200,
     )
     assert int(grown) <= 1 << 20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux resets the peak of memory")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_wide_layer_in_little_memory(variant):
+    """Statistics of 1536 x 512 x 3 x 3 take less than 8 MiB beyond their input; the matrix alone would be 9."""
+    grown = script(f"""
+        from pathlib import Path
+        w = np.random.default_rng(0).standard_normal((1536, 512, 3, 3), np.float32)
+        def peak():
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+        Path("/proc/self/clear_refs").write_text("5")
+        before = peak()
+        _core.ssim_statistics(w, CONSTANTS, [0.5], 10, 100, True, None, {variant!r}, 2)
+        grown = peak() - before
+        matrix = _core.ssim_matrix(w, CONSTANTS, {variant!r}, 2)
+        print(grown, peak() - before)
+    """)
+    statistics, matrix = map(int, grown.split())  # KiB
+    assert statistics < 8 << 10
+    assert matrix > 9 << 10
