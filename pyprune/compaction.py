@@ -21,6 +21,7 @@ from pyprune import channels as channel_walk
 from pyprune import graph as graphs
 from pyprune import kinds, measure
 from pyprune import operations as ops
+from pyprune.baking import baked, check_model
 from pyprune.channels import BoolArray, Channels, Residual
 from pyprune.origins import origins
 from pyprune.rewiring import Rewiring
@@ -72,7 +73,8 @@ def analyse(
     """
     _check_residual("analyse", residual)
     model, _ = unwrapped(model)
-    plan = unwrapped_plan(plan, graphs.convolutions(model))
+    plan = unwrapped_plan(plan, graphs.prunable(model))
+    model = _prepared("analyse", model)
     with _undisturbed(model):
         network = _Network("analyse", model, plan, _inputs("analyse", example_inputs), residual)
         return _analysis(network, plan, _decide(network, plan, 1))
@@ -136,7 +138,8 @@ def compact(
         raise ValueError(f"compact: round_to must be a positive whole number; got {round_to!r}.")
     inputs = _inputs("compact", example_inputs)
     model, wrappers = unwrapped(model)
-    plan = unwrapped_plan(plan, graphs.convolutions(model))
+    plan = unwrapped_plan(plan, graphs.prunable(model))
+    model = _prepared("compact", model)
     with _undisturbed(model):
         network = _Network("compact", model, plan, inputs, residual)
         decision = _decide(network, plan, round_to)
@@ -149,6 +152,12 @@ def compact(
     return Compacted(
         slim, certificate, plan, decision.kept, before, after, inputs, residual, decision.beyond, sources, wrappers
     )
+
+
+def _prepared(who: str, model: nn.Module) -> nn.Module:
+    """Return ``model`` with plain weights, after refusing what cannot be cut."""
+    check_model(who, model)
+    return baked(model)
 
 
 def _check_residual(who: str, residual: str) -> None:

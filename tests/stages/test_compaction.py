@@ -255,6 +255,12 @@ def replaced():
     return module
 
 
+def parametrized():
+    module = nn.Conv2d(4, 4, 1)
+    nn.utils.parametrize.register_parametrization(module, "weight", nn.Tanh())
+    return module
+
+
 REASONS = {
     "bilinear": (lambda s, x: s.m(x, x), nn.Bilinear(6, 6, 6), r"feeds m \(Bilinear\), which pyprune"),
     "softmax": (lambda s, x: torch.softmax(x, 1), None, r"feeds torch\.softmax, which pyprune does not know"),
@@ -264,9 +270,7 @@ REASONS = {
     "subclass": (lambda s, x: s.m(x), Subclass(4, 4, 1), r"feeds torch\.conv2d, which pyprune does not know"),
     "hook": (lambda s, x: s.m(x), hooked(), "feeds m, which has a forward hook"),
     "forward": (lambda s, x: s.m(x), replaced(), "feeds m, which has its forward replaced"),
-    "parametrized": (
-        lambda s, x: s.m(x), nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)), "feeds m, which has",
-    ),
+    "parametrized": (lambda s, x: s.m(x), parametrized(), "feeds m, which has a parametrized weight"),
     "reused": (lambda s, x: s.m(s.m(x)), nn.Conv2d(4, 4, 1), "feeds m, which is called more than once"),
     "reused norm": (lambda s, x: s.m(s.m(x)), nn.BatchNorm2d(4), "feeds m, which is called more than once"),
     "read": (lambda s, x: s.m(x) * s.m.weight.sum(), nn.Conv2d(4, 4, 1), "feeds m, which has its weight read directly"),

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from test_compaction import randomised
 from torch import nn
 
 import pyprune as pp
-from pyprune import files, graph, measure
+from pyprune import baking, compaction, files, graph, kinds, measure
 from pyprune.types import Plan
 from tolerances import COMPACTED_FLOAT64
 
@@ -611,3 +612,165 @@ def test_the_slim_folder_holds_every_kind(tmp_path):
     assert "self.up = nn.ConvTranspose2d(" in source
     assert "groups=" in source
     assert "nn.GroupNorm(" in source
+
+
+def computed(kind):
+    """Return a model whose weights are computed, in training mode, with some history behind it."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch advises against its older hooks
+        for i in (0, 3):
+            if kind == "masks":
+                nn.utils.prune.random_unstructured(model[i], "weight", 0.3)
+            else:
+                kind(model[i])
+        model(torch.randn(2, 2, 8, 8)).sum().backward()
+    return model
+
+
+KINDS = {
+    "weight norm": nn.utils.parametrizations.weight_norm, "older weight norm": nn.utils.weight_norm,
+    "spectral norm": nn.utils.parametrizations.spectral_norm, "older spectral norm": nn.utils.spectral_norm,
+    "orthogonal": nn.utils.parametrizations.orthogonal, "masks": "masks",
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("case", KINDS)
+def test_computed_weights_are_computed_once_on_a_copy(case):
+    torch.manual_seed(0)
+    model = computed(KINDS[case])
+    model[0].bias.requires_grad_(False)
+    for one in model[3].parameters():
+        one.requires_grad_(False)
+    randomised(model)
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    x = torch.randn(2, 2, 8, 8)
+    plain = baking.baked(model)
+    assert plain is not model
+    assert model.training
+    assert all(module.training for module in plain.modules())
+    assert not any(graph.is_changed(module) for module in plain.modules())
+    model.eval()
+    want = model(x).detach()
+    assert torch.allclose(plain.eval()(x), want, rtol=0, atol=1e-6 * float(want.abs().max()))
+    model.train()
+    plan = Plan({"0": [1, 2], "3": [0, 2, 5]})
+    slim = pp.compact(model, plan, x, latency=False)
+    assert slim.kept == {}
+    assert sizes(slim, "0", "3", "5") == [(2, 2, 1), (2, 3, 1), (3, 2, 1)]
+    want = zeroed(plain, plan).eval()(x).detach()
+    assert torch.allclose(slim.model.eval()(x), want, rtol=0, atol=1e-5 * max(1, float(want.abs().max())))
+    layers = [slim.model.get_submodule(name) for name in ("0", "3")]
+    trains = [(layer.weight.requires_grad, layer.bias.requires_grad) for layer in layers]
+    assert trains == [(True, False), (False, False)]
+    assert model.training
+    after = model.state_dict()
+    assert all(torch.equal(one, before[name]) for name, one in after.items())
+    assert pp.analyse(model, plan, x).parameters_left == sum(one.numel() for one in slim.model.parameters())
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def test_other_parametrizations_and_hooks_keep_their_layers():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1))
+    nn.utils.parametrize.register_parametrization(model[1], "weight", Doubled())
+    slim = assert_exact(model, Plan({"0": [0]}))
+    assert set(slim.kept["0"].values()) == {"feeds 1, which has a parametrized weight"}
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1))
+    model[1].register_forward_hook(lambda module, args, output: output + 1)
+    slim = assert_exact(model, Plan({"0": [0]}))
+    assert set(slim.kept["0"].values()) == {"feeds 1, which has a forward hook"}
+
+
+def lazy():
+    return nn.Sequential(nn.LazyConv2d(4, 3), nn.Conv2d(4, 2, 1))
+
+
+def on_meta():
+    with torch.device("meta"):
+        return nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 2, 1))
+
+
+def quantised():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 2, 1), nn.Flatten(), nn.Linear(72, 2))
+    model[3] = type("Linear", (nn.Module,), {"__module__": "torch.ao.nn.quantized.dynamic.modules.linear"})()
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lazy, "'0.weight' has no shape yet, since its lazy layer has seen no data. Run the model"),
+        (on_meta, "'0.weight' lies on the meta device, without values. Load the weights first"),
+        (lambda: nn.Sequential(nn.Conv2d(2, 4, 3, dtype=torch.complex64)), "'0.weight' is complex .complex64"),
+        (quantised, "'3' is a quantised Linear, whose weights cannot be cut. Compact the model in floating point"),
+    ],
+)  # fmt: skip
+def test_models_that_cannot_be_cut_are_refused(build, message):
+    for call in (pp.compact, pp.analyse):
+        with pytest.raises(ValueError, match=f"^{call.__name__}: .*{message}"):
+            call(build(), Plan({"0": [0]}), torch.randn(1, 2, 8, 8))
+
+
+BAD = {
+    "out of range": (lambda: Plan({"0": [0, 4]}), ValueError, "compact: '0' has filters 0 to 3; the plan keeps 4"),
+    "negative": (lambda: Plan({"0": [-1]}), ValueError, "Plan: '0' needs indices from 0; got -1"),
+    "doubled": (lambda: Plan({"0": [1, 1]}), ValueError, "Plan: '0' names a filter twice"),
+    "empty": (lambda: Plan({"0": []}), ValueError, "Plan: '0' keeps no filter; keep at least one"),
+    "boolean": (lambda: Plan({"0": [True, False, True]}), TypeError, r"got bool of shape \[3\]\. Pass np\.flatnonzero"),
+    "nested": (lambda: Plan({"0": [[0], [1]]}), TypeError, "Plan: '0' needs a flat list of filter indices"),
+    "fractions": (lambda: Plan({"0": [0.5]}), TypeError, "Plan: '0' needs a flat list of filter indices; got float64"),
+    "missing": (lambda: Plan({"conv1": [0]}), ValueError, "compact: the model has no convolution named 'conv1'"),
+    "a norm": (lambda: Plan({"1": [0]}), ValueError, "compact: the model has no convolution named '1'"),
+    "a linear layer": (lambda: Plan({"4": [0]}), ValueError, "compact: the model has no convolution named '4'"),
+    "another model": (lambda: Plan({"0": [0]}, filters={"0": 8}), ValueError, "'0' has 4 filters here and 8 in"),
+    "transposed, out of range": (lambda: Plan({"2": [3]}), ValueError, "'2' has filters 0 to 2; the plan keeps 3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_plans_leave_the_model_as_it_is(case):
+    build, error, message = BAD[case]
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 3, 3), nn.Flatten(), nn.Linear(3 * 64, 2)
+    )
+    model[1].eval()
+    before, flags = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    with pytest.raises(error, match=message):
+        pp.compact(model, build(), torch.randn(1, 2, 8, 8), latency=False)
+    for x in (torch.randn(1, 3, 8, 8), torch.randn(2, 8), torch.randn(1, 2, 9, 9), torch.zeros(1, 2, 8, 8).long()):
+        with pytest.raises(ValueError, match=r"compact: Sequential does not accept example_inputs of .*Pass one batch"):
+            pp.compact(model, Plan({"0": [0]}), x, latency=False)
+    assert flags == [module.training for module in model.modules()]
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+
+
+@pytest.mark.parametrize("wrong", ["groups", "weight", "fold", "balance"])
+def test_a_wrong_cut_is_noticed(monkeypatch, wrong):
+    """Each part of the work on groups is disturbed in turn, and the proof must fail."""
+    count, fold, cut = compaction._count, kinds.folded, compaction._cut_weight
+
+    def rolled(slim, *args):
+        cut(slim, *args)
+        slim.weight.data = slim.weight.data.roll(1, 0)
+
+    if wrong == "groups":
+        monkeypatch.setattr(compaction, "_count", lambda module, groups: count(module, 1))
+    elif wrong == "weight":
+        monkeypatch.setattr(compaction, "_cut_weight", rolled)
+    elif wrong == "fold":
+        monkeypatch.setattr(kinds, "folded", lambda *args: fold(*args) * (1 + 1e-6))
+    else:
+        monkeypatch.setattr(kinds, "balance", lambda walk, leaves: False)
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 1), nn.Sigmoid(), nn.Conv2d(6, 6, 3, groups=2), nn.Sigmoid(), nn.Conv2d(6, 2, 1)
+    ).double()
+    with pytest.raises((RuntimeError, ValueError)):
+        pp.compact(model, Plan({"0": [0, 1, 4], "2": [0, 4, 5]}), torch.randn(1, 2, 8, 8).double(), latency=False)
