@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from pyprune.checkpoints import load_checkpoint as load_checkpoint
     from pyprune.compaction import analyse as analyse
     from pyprune.compaction import compact as compact
+    from pyprune.deployment import export_onnx as export_onnx
+    from pyprune.deployment import export_pt2 as export_pt2
+    from pyprune.export import load_into as load_into
     from pyprune.export import load_slim as load_slim
     from pyprune.export import save_slim as save_slim
     from pyprune.finetuning import finetune as finetune
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from pyprune.types import ClassRanks as ClassRanks
     from pyprune.types import Compacted as Compacted
     from pyprune.types import Evaluation as Evaluation
+    from pyprune.types import Exported as Exported
     from pyprune.types import History as History
     from pyprune.types import Plan as Plan
     from pyprune.types import Profile as Profile
@@ -56,6 +60,9 @@ _HOME = {
     "compact": "compaction",
     "save_slim": "export",
     "load_slim": "export",
+    "load_into": "export",
+    "export_onnx": "deployment",
+    "export_pt2": "deployment",
     "recalibrate": "recalibration",
     "evaluate": "measure",
     "profile": "measure",
@@ -70,6 +77,7 @@ _HOME = {
     "History": "types",
     "Certificate": "types",
     "Compacted": "types",
+    "Exported": "types",
     "Evaluation": "types",
     "Profile": "types",
     "PruneResult": "types",

@@ -258,11 +258,14 @@ def compact(
     out: Annotated[Path, typer.Option(help="The slim folder.")] = Path("slim"),
     residual: Residual = "scatter",
     round_to: Annotated[int, typer.Option(help="Keep a multiple of this many filters.", min=1)] = 1,
+    onnx: Annotated[Path | None, typer.Option(help="Write an ONNX file too, checked with onnxruntime.")] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Remove the filters that the plan drops, prove that nothing changed, and write the slim folder."""
-    from pyprune import compaction, export, files
+    from dataclasses import asdict
+
+    from pyprune import compaction, deployment, export, files
     from pyprune.hrank import zero_filters
     from pyprune.types import Plan
 
@@ -275,9 +278,12 @@ def compact(
         network, wanted, splits.test[0][0][None], residual=residual, round_to=round_to,  # type: ignore[arg-type]
     )  # fmt: skip
     export.save_slim(slim, out)
+    exported = None if onnx is None else deployment.export_onnx(slim, onnx)
     rows = _plan_rows(wanted, slim.kept)
     payload = {"layers": rows, "out": str(out), **_costs(slim), "certificate": _certificate(slim)}
     more = {"certificate": _certificate(slim), "written": str(out)}
+    if exported is not None:
+        payload["onnx"], more["onnx"] = asdict(exported), str(exported)
     _show({"Filters per layer": rows, "Cost": _cost_rows(slim)}, more, payload, as_json)
 
 

@@ -139,13 +139,14 @@ def compact(
     inputs = _inputs("compact", example_inputs)
     model, wrappers = unwrapped(model)
     plan = unwrapped_plan(plan, graphs.prunable(model))
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     model = _prepared("compact", model)
     with _undisturbed(model):
         network = _Network("compact", model, plan, inputs, residual)
         decision = _decide(network, plan, round_to)
         masked = _masked(model, decision.dead)
         slim = _rebuild(masked, decision)
-        sources = origins(slim, masked, lambda name, module: _cut(name, module, decision.channels, {}))
+        sources = origins(slim, masked, own, lambda name, module: _cut(name, module, decision.channels, {}))
         certificate = _verify(masked, slim, decision, inputs) if verify else _unverified(model)
         del masked
         before, after = _profiles(network, slim, decision, _copies(inputs), latency)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 import pyprune
-from pyprune import files, slimfile, slimsource
+from pyprune import files, measure, resizing, slimfile, slimsource
 from pyprune.types import Certificate, Compacted, Profile
+from pyprune.wrappers import unwrapped
 
 WEIGHTS = "model.safetensors"
 ARCHITECTURE = "architecture.json"
 SOURCE = "slim_model.py"
 PAGE = "README.md"
+_MOST_TEXT = 4096
 
 
 def save_slim(slim: Compacted, folder: str | os.PathLike[str]) -> Path:
@@ -52,7 +58,7 @@ def save_slim(slim: Compacted, folder: str | os.PathLike[str]) -> Path:
     source = slimsource.write_source("save_slim", architecture)
     page = _page(slim)
     place = files.make_folder("save_slim", folder)
-    files.write_tensors(place / WEIGHTS, weights, {"format": "pyprune.slim", "version": "1"})
+    files.write_tensors(place / WEIGHTS, weights, _metadata(slim))
     files.write_json(place / ARCHITECTURE, architecture.content)
     files.write_bytes(place / SOURCE, source.encode())
     files.write_bytes(place / PAGE, page.encode())
@@ -78,14 +84,123 @@ def load_slim(folder: str | os.PathLike[str]) -> nn.Module:
         If a file is missing, truncated, foreign, from a newer pyprune, or holds anything that the format does not
         allow. Names, shapes and types of all tensors are compared before any of them is read.
     """
+    return _read("load_slim", folder)[0]
+
+
+def load_into(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    example_inputs: torch.Tensor | Sequence[torch.Tensor] | None = None,
+) -> nn.Module:
+    """Load a slim folder into a network of one's own class, of full width or narrow, in place.
+
+    For people who keep their own code: convolutions, linear layers and norms of the same names get the slim widths
+    and numbers, and the network must then compute what the slim one does. Folded constants may add biases. Anything
+    else that compaction wrote anew, such as indexed additions, is not in one's own ``forward``: such folders are
+    refused (``residual="intersect"`` makes none).
+
+    Parameters
+    ----------
+    model
+        Has the layers of the slim network, by name; it keeps its device, training flags and ``requires_grad``.
+    folder
+        What :func:`save_slim` wrote; it is checked as :func:`load_slim` checks it, and nothing in it is run.
+    example_inputs
+        What both networks are compared on, as for :func:`pyprune.compact`; random numbers of the shape that the
+        folder records, by default.
+
+    Returns
+    -------
+    torch.nn.Module
+        ``model``.
+
+    Raises
+    ------
+    ValueError
+        If the folder is not what it must be, the layers do not agree (named), the network fails with the slim widths,
+        or computes something else. The model is untouched then.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pyprune import Plan, compact
+    >>> def build():
+    ...     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    >>> slim = compact(build(), Plan(keep={"0": [1, 2]}), torch.randn(2, 1, 8, 8), latency=False)
+    >>> load_into(build(), save_slim(slim, tempfile.mkdtemp()))[2].in_channels
+    2
+    """
+    slim, metadata = _read("load_into", folder)
+    network = unwrapped(model)[0]
+    resizing.check_operations("load_into", slim, network)
+    inputs = _examples(slim, metadata.get("inputs", ""), example_inputs)
+    twin = copy.deepcopy(network).cpu()
+    resizing.resize_("load_into", twin, slim)
+    resizing.check_outputs("load_into", twin, slim, inputs)
+    del twin
+    resizing.resize_("load_into", network, slim)
+    return model
+
+
+def _read(who: str, folder: str | os.PathLike[str]) -> tuple[fx.GraphModule, dict[str, str]]:
+    """Return the network of a slim folder, and what the file of its weights says besides."""
     place = Path(folder)
-    content = files.read_json("load_slim", place / ARCHITECTURE, slimfile.FORMAT, slimfile.VERSION)
-    model = slimfile.build("load_slim", slimfile.check("load_slim", content))
-    _check_header(place / WEIGHTS, model)
-    tensors, _ = files.read_tensors("load_slim", place / WEIGHTS)
-    slimfile.check_indices("load_slim", model, tensors)
+    content = files.read_json(who, place / ARCHITECTURE, slimfile.FORMAT, slimfile.VERSION)
+    model = slimfile.build(who, slimfile.check(who, content))
+    _check_header(who, place / WEIGHTS, model)
+    tensors, metadata = files.read_tensors(who, place / WEIGHTS)
+    slimfile.check_indices(who, model, tensors)
     model.load_state_dict(tensors, assign=True)
-    return model.eval()
+    model.eval()
+    return model, metadata
+
+
+def _metadata(slim: Compacted) -> dict[str, str]:
+    return {"format": "pyprune.slim", "version": "1", "inputs": _record(slim.example_inputs)}
+
+
+def _examples(slim: fx.GraphModule, recorded: str, given: Any) -> tuple[torch.Tensor, ...]:
+    """Return what two networks are compared on: what is given, or numbers of the recorded shapes."""
+    if given is not None:
+        return tuple(one.detach().cpu() for one in measure.as_inputs("load_into", given))
+    shapes = _recorded(recorded)
+    if not shapes or not resizing.fits_in_memory(slim, shapes):
+        raise ValueError(
+            "load_into: the folder records no inputs to compare the networks on, or impossible ones. "
+            "Pass example_inputs, one batch."
+        )
+    generator = torch.Generator().manual_seed(0)
+    return tuple(
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        if dtype.is_floating_point
+        else torch.zeros(shape, dtype=dtype)
+        for shape, dtype in shapes
+    )
+
+
+def _record(inputs: Sequence[torch.Tensor]) -> str:
+    """Return shapes and types of at most two images, as JSON."""
+    images = len(inputs[0])
+    rows = [min(2, images) if len(one) == images else len(one) for one in inputs]
+    return json.dumps(
+        [
+            [[count, *one.shape[1:]], str(one.dtype).removeprefix("torch.")]
+            for count, one in zip(rows, inputs, strict=True)
+        ]
+    )
+
+
+def _recorded(text: str) -> list[tuple[list[int], torch.dtype]]:
+    """Return what :func:`_record` wrote; nothing if it is anything else."""
+    dtypes = {**slimfile.DTYPES, "int64": torch.int64, "int32": torch.int32}
+    try:
+        content = json.loads(text) if len(text) <= _MOST_TEXT else []
+        found = [([*shape], dtypes[word]) for shape, word in content]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return []
+    whole = all(type(size) is int and 0 < size <= slimfile.MAX_COUNT for shape, _ in found for size in shape)
+    return found if whole and all(1 <= len(shape) <= 8 for shape, _ in found) else []
 
 
 def _check_shapes(who: str, weights: dict[str, torch.Tensor], architecture: slimfile.Architecture) -> None:
@@ -99,9 +214,9 @@ def _check_shapes(who: str, weights: dict[str, torch.Tensor], architecture: slim
     slimfile.check_indices(who, built, weights)
 
 
-def _check_header(path: Path, model: nn.Module) -> None:
+def _check_header(who: str, path: Path, model: nn.Module) -> None:
     """Raise unless the file holds exactly the tensors that the architecture implies."""
-    header = {name: entry for name, entry in files.tensor_header("load_slim", path).items() if name != "__metadata__"}
+    header = {name: entry for name, entry in files.tensor_header(who, path).items() if name != "__metadata__"}
     needed = {
         name: (slimfile.CODES[str(one.dtype).removeprefix("torch.")], list(one.shape))
         for name, one in model.state_dict().items()
@@ -109,12 +224,12 @@ def _check_header(path: Path, model: nn.Module) -> None:
     odd = sorted(header.keys() ^ needed.keys())
     if odd:
         where = "lacks" if odd[0] in needed else "has, and the architecture does not,"
-        raise ValueError(f"load_slim: {path} {where} the tensor {odd[0]!r}; the files do not belong together.")
+        raise ValueError(f"{who}: {path} {where} the tensor {odd[0]!r}; the files do not belong together.")
     for name, (dtype, shape) in needed.items():
         came = header[name]
         if (came["dtype"], came["shape"]) != (dtype, shape):
             raise ValueError(
-                f"load_slim: {name!r} must be {dtype} {shape} by the architecture; {path} has {came['dtype']} "
+                f"{who}: {name!r} must be {dtype} {shape} by the architecture; {path} has {came['dtype']} "
                 f"{came['shape']}. The files do not belong together."
             )
 

@@ -7,7 +7,7 @@ and what is left of them is read off.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from pyprune.types import IntArray, Origin
 Cut = Callable[[str, nn.Module], nn.Module]
 
 
-def origins(slim: nn.Module, source: nn.Module, cut: Cut) -> dict[str, Origin]:
+def origins(slim: nn.Module, source: nn.Module, names: Collection[str], cut: Cut) -> dict[str, Origin]:
     """Return the origin of every parameter of ``slim`` that has one.
 
     Parameters
@@ -28,10 +28,12 @@ def origins(slim: nn.Module, source: nn.Module, cut: Cut) -> dict[str, Origin]:
         The slim network.
     source
         The network that it was cut from, whose modules have the same names.
+    names
+        The parameters that the original has: weights that were computed from others are no parameters of its.
     cut
         Returns a slim copy of the module of that name, which is given.
     """
-    known = dict(source.named_parameters(remove_duplicate=False))
+    known = {name: one for name, one in source.named_parameters(remove_duplicate=False) if name in names}
     found: dict[str, Origin] = {}
     for path, module in slim.named_modules():
         own = {leaf: f"{path}.{leaf}" if path else leaf for leaf, _ in module.named_parameters(recurse=False)}

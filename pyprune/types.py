@@ -648,6 +648,31 @@ class Compacted:
         return carried(self, optimizer, model)
 
 
+@dataclass(frozen=True)
+class Exported:
+    """A file for other runtimes, and how far its outputs were from the network's.
+
+    ``kind`` is ``"onnx"`` or ``"pt2"``, ``opset`` the version of ONNX's operators, ``bytes`` the size of the file.
+    ``max_difference`` is the largest |exported - network| / max(1, max |network|) over ``inputs`` (described in words),
+    held against ``tolerance``; ``verified`` is false where the comparison was switched off.
+    """
+
+    path: str
+    kind: str
+    opset: int | None
+    bytes: int
+    verified: bool
+    inputs: tuple[str, ...]
+    max_difference: float | None
+    tolerance: float
+
+    def __str__(self) -> str:
+        size = f"{self.path}: {self.kind}{f', opset {self.opset}' if self.opset else ''}, {self.bytes:,} bytes"
+        if not self.verified:
+            return f"{size}; not compared"
+        return f"{size}; largest relative difference {self.max_difference:.2g} (allowed {self.tolerance:g})"
+
+
 @dataclass(frozen=True, eq=False)
 class PruneResult:
     """Everything that :func:`pyprune.prune` made, stage by stage.

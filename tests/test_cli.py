@@ -56,6 +56,19 @@ def test_rank_select_and_compact_follow_one_another(run: Run, model: tuple[objec
     assert sum(p.numel() for p in pp.load_slim(tmp_path / "slim").parameters()) == shown["parameters"][1]
 
 
+def test_compact_writes_an_onnx_file(run: Run, model: tuple[object, ...], tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    status, out, err = run("compact", *model, "--out", "slim", "--onnx", "new/slim.onnx", "--json")
+    assert (status, err) == (0, "")
+    shown = json.loads(out)["onnx"]
+    assert (shown["path"], shown["opset"], shown["verified"]) == ("new/slim.onnx", 18, True)
+    assert shown["max_difference"] <= shown["tolerance"]
+    x = torch.randn(3, 1, 16, 16)
+    found = runtime.InferenceSession(str(tmp_path / "new" / "slim.onnx")).run(None, {"input": x.numpy()})[0]
+    assert (torch.from_numpy(found) - pp.load_slim(tmp_path / "slim")(x)).abs().max() < 1e-4
+
+
 def test_prune_leaves_everything(run: Run, model: tuple[object, ...], tmp_path: Path) -> None:
     exclude = [word for i in (3, 4, 6, 7) for word in ("--exclude", f"features.conv{i}")]
     status, out, err = run("prune", *model, "--images-per-class", 3, "--epochs", 1, "--out", "run", *exclude)

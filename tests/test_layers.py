@@ -14,7 +14,7 @@ BASE = {
     "checkpoints", "convolutions", "hrank",  # what people bring along
     "drawing",  # figures and pages
     "features", "sampling", "aliases", "overlap",  # parts of ranking
-    "clustering", "redundancy_plots", "slimfile", "slimsource",  # parts of one stage each
+    "clustering", "redundancy_plots", "slimfile", "slimsource", "resizing",  # parts of one stage each
     "optimizers",  # part of what compaction returns
     "benching",  # measures the kernels
 }  # fmt: skip
@@ -49,7 +49,8 @@ def test_the_check_would_notice() -> None:
 
 def test_the_stages_are_the_documented_ones() -> None:
     assert STAGES == [
-        "compaction", "export", "finetuning", "masks", "ranks", "recalibration", "redundancy", "reporting", "selection",
+        "compaction", "deployment", "export", "finetuning", "masks", "ranks", "recalibration", "redundancy",
+        "reporting", "selection",
     ]  # fmt: skip
 
 

@@ -529,3 +529,132 @@ def test_the_tables_agree():
         home, leaf = name.rsplit(".", 1) if "." in name else ("", name)
         owner = {"F": F, "torch": torch, "operator": operator, "": __builtins__}[home]
         assert (owner[leaf] if isinstance(owner, dict) else getattr(owner, leaf)) is function
+
+
+class Own(nn.Module):
+    """Somebody's own class, of any width, with a residual sum and a folded constant."""
+
+    def __init__(self, a=8, b=6, c=6, literal=False):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(2, a, 3, padding=1, bias=False), nn.BatchNorm2d(a)
+        self.block = nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.Sigmoid())
+        self.middle = nn.Conv2d(b, a, 1, bias=False)
+        self.last, self.linear = nn.Conv2d(a, c, 3), nn.Linear(c * 16, 3)
+        self.literal = literal
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        x = F.relu(self.last(x + self.middle(self.block(x))))
+        return self.linear(x.view(-1, 96) if self.literal else x.flatten(1))
+
+
+OWN = Plan({"stem": [0, 1, 3, 6], "block.0": [1, 2, 5], "middle": [0, 1, 2, 6], "last": [0, 4, 5]})
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    torch.manual_seed(0)
+    slim = pp.compact(Own(), OWN, torch.randn(3, 2, 6, 6), residual="intersect", latency=False)
+    return slim, pp.save_slim(slim, tmp_path_factory.mktemp("own"))
+
+
+def test_a_class_of_ones_own_gets_the_slim_network(own):
+    slim, folder = own
+    for model in (Own(), Own(5, 3, 3), nn.DataParallel(Own()), Own().double()):
+        inside = getattr(model, "module", model)
+        inside.stem.weight.requires_grad_(False)
+        inside.last.train(False)
+        assert pp.load_into(model, folder) is model
+        x = torch.randn(4, 2, 6, 6)
+        assert inside.training
+        assert not inside.last.training
+        assert not inside.stem.weight.requires_grad
+        assert inside.middle.bias.requires_grad  # folded sigmoids made it
+        assert (inside.stem.out_channels, inside.block[0].out_channels, inside.linear.in_features) == (5, 3, 48)
+        assert torch.equal(inside.eval()(x), slim.model.eval()(x))
+        assert {name: one.shape for name, one in inside.state_dict().items()} == {
+            name: one.shape for name, one in slim.model.state_dict().items()
+        }
+        inside.train()(x).sum().backward()
+        with torch.no_grad():
+            inside.linear.bias[0] += 1
+        assert not torch.equal(inside.eval()(x), slim.model.eval()(x))
+
+
+def other(change):
+    model = Own()
+    change(model)
+    return model
+
+
+def without_examples(folder, tmp_path, text=None):
+    place = tmp_path / "copy"
+    place.mkdir()
+    for name in ("architecture.json", "model.safetensors"):
+        (place / name).write_bytes((folder / name).read_bytes())
+    tensors, metadata = files.read_tensors("test", place / "model.safetensors")
+    metadata.pop("inputs")
+    more = {} if text is None else {"inputs": text}
+    files.write_tensors(place / "model.safetensors", tensors, {**metadata, **more})
+    return place
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: delattr(m, "block"), "Own has no layer 'block.0', and the slim network has"),
+        (
+            lambda m: setattr(m, "stem", nn.Conv1d(2, 8, 3)),
+            "'stem' must be a Conv2d, as in the slim network; it is a C",
+        ),
+        (lambda m: setattr(m, "stem", nn.Conv2d(2, 8, 3)), r"'stem' must have padding=\(1, 1\), .* it has \(0, 0\)"),
+        (lambda m: setattr(m, "norm", nn.BatchNorm2d(8, eps=1e-3)), r"'norm' must have eps=1e-05, .*; it has 0\.001"),
+        (lambda m: setattr(m, "norm", nn.BatchNorm2d(8, affine=False)), "'norm' must have affine=True"),
+        (lambda m: setattr(m, "stem", nn.Conv2d(2, 8, 3, padding=1)), "only in the model 'stem' has a bias"),
+        (lambda m: setattr(m, "extra", nn.Linear(2, 2)), r"Own has 'extra\.bias', and the slim network does not"),
+        (lambda m: m.stem.register_forward_hook(print), "'stem' has a forward hook, so it cannot be resized"),
+        (lambda m: setattr(m, "literal", True), r"the forward of Own fails with the slim widths .*x\.flatten\(1\)"),
+        (lambda m: setattr(m.block, "2", nn.Tanh()), "with the slim widths and numbers Own computes something else"),
+    ],
+)
+def test_a_class_that_does_not_fit_is_refused_and_untouched(own, change, words):
+    model = other(change)
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    widths = model.stem.out_channels, model.linear.in_features
+    with pytest.raises(ValueError, match=f"load_into: {words}"):
+        pp.load_into(model, own[1])
+    assert (model.stem.out_channels, model.linear.in_features) == widths
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+
+
+def test_indexed_additions_are_not_in_ones_own_forward(tmp_path):
+    torch.manual_seed(0)
+    slim = pp.compact(Own(), OWN, torch.randn(3, 2, 6, 6), latency=False)
+    folder = pp.save_slim(slim, tmp_path)
+    with pytest.raises(ValueError, match=r"computes index_\w+ by torch\.index_\w+, .* residual=\"intersect\""):
+        pp.load_into(Own(), folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [None, "", "[", "[[[1, 2, 6, 6], \"object\"]]", "[[[2, 2, 6, 6]]]", "[[[1, -2, 6, 6], \"float32\"]]", "{}", "7",
+     "[[[1, 5, 6, 6], \"float32\"]]", "[[[1, 2, 1000000, 1000000], \"float32\"]]", "[" * 4000, "[]",
+     "[[[1e3, 2], \"float32\"]]", "[[\"ab\", \"float32\"]]", "[[[true, 2, 6, 6], [1]]]"],
+)  # fmt: skip
+def test_a_folder_without_usable_examples_needs_some(own, tmp_path, text):
+    place = without_examples(own[1], tmp_path, text)
+    model = Own()
+    with pytest.raises(ValueError, match=r"load_into: the folder records no inputs .* or impossible ones"):
+        pp.load_into(model, place)
+    assert model.stem.out_channels == 8
+    pp.load_into(model, place, example_inputs=torch.randn(2, 2, 6, 6))
+    assert model.stem.out_channels == 5
+
+
+def test_a_foreign_folder_is_refused_by_name(own, tmp_path):
+    with pytest.raises(ValueError, match=r"load_into: .*architecture\.json"):
+        pp.load_into(Own(), tmp_path)
+    place = without_examples(own[1], tmp_path)
+    files.write_tensors(place / "model.safetensors", {"x": torch.ones(1)}, {})
+    with pytest.raises(ValueError, match=r"load_into: .* lacks the tensor|load_into: .* has, and the architecture"):
+        pp.load_into(Own(), place)

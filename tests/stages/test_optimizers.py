@@ -193,6 +193,42 @@ def test_origins_say_where_every_number_comes_from(net, mode):
     assert cut > 6
 
 
+class Kinds(nn.Module):
+    """A grouped, a depthwise and a transposed convolution, a GroupNorm, and a weight that is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(2, 8, 3, padding=1), nn.GroupNorm(4, 8)
+        self.grouped, self.depthwise = nn.Conv2d(8, 12, 3, padding=1, groups=2), nn.Conv2d(12, 12, 3, groups=12)
+        self.up = nn.ConvTranspose2d(12, 6, 2, stride=2)
+        self.weighted = nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 4, 1))
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        return self.weighted(F.relu(self.up(F.relu(self.depthwise(self.grouped(x))))))
+
+
+def test_origins_of_other_kinds():
+    torch.manual_seed(0)
+    model = Kinds().double()
+    plan = Plan({"stem": [0, 1, 6, 7], "grouped": [1, 2, 4, 6, 8, 11], "up": [0, 3, 5]})
+    slim = pp.compact(model, plan, torch.randn(2, 2, 8, 8).double(), latency=False)
+    own, found = dict(model.named_parameters()), dict(slim.model.named_parameters())
+    assert set(found) - set(slim.origins) == {"weighted.weight"}  # computed from others
+    for name, origin in slim.origins.items():
+        assert torch.equal(origin.take(own[name]), found[name]), name
+    cut = {name for name, origin in slim.origins.items() if origin.index}
+    assert {"stem.weight", "norm.weight", "grouped.weight", "depthwise.weight", "up.weight", "up.bias"} <= cut
+    assert slim.origins["grouped.weight"].index[1].shape[0] in (1, len(found["grouped.weight"]))
+    optimizer = AdamW(model.parameters())
+    model(torch.randn(2, 2, 8, 8).double()).sum().backward()
+    optimizer.step()
+    carried = slim.carry(optimizer, model)
+    for name, origin in slim.origins.items():
+        assert torch.equal(carried.state[found[name]]["exp_avg"], origin.take(optimizer.state[own[name]]["exp_avg"]))
+    assert any(one is found["weighted.weight"] for one in carried.param_groups[0]["params"])
+
+
 def graph_zeroed(model, slim):
     """Return the parameters that hold zeros of filters that stayed against the plan."""
     return set(graph.dead_slices(model, slim.plan)) if slim.kept or slim.beyond else set()
