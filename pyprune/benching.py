@@ -189,17 +189,23 @@ def _check(ops: Sequence[str], sides: Sequence[int], rounds: int) -> None:
 
 
 def measure_floor(device: torch.device, rounds: int = 7) -> Floor:
-    """Measure the bandwidth of reading and the multiply-adds of a matrix product: the best of ``rounds``."""
+    """Measure the bandwidth of reading a large array, and multiply-adds: the best of several times.
+
+    On the CPU they are timed in registers of the widest vectors that run here, on a GPU in large matrix products.
+    """
+    threads = torch.get_num_threads()
     big = torch.ones(_BYTES[device.type], device=device)  # four times as many bytes: beyond any cache
-    side = 1024 if device.type == "cpu" else 8192
-    seconds = {"read": _best(big.sum, device, rounds)}
-    for name, dtype in (("fma64", torch.float64), ("fma32", torch.float32)):
+    bandwidth = big.numel() * 4 / _best(big.sum, device, rounds)
+    if device.type == "cpu" and (variants := this_machine().cpu_variants):
+        from pyprune import _core
+
+        fma64 = max(_core.multiply_adds(variants[-1], threads) for _ in range(100 * rounds))
+        return Floor(str(device), threads, bandwidth, fma64, 2 * fma64)
+    side, rates = 1024 if device.type == "cpu" else 8192, []
+    for dtype in (torch.float64, torch.float32):
         square = torch.rand(side, side, dtype=dtype, device=device)
-        seconds[name] = _best(partial(torch.mm, square, square), device, rounds)
-    return Floor(
-        str(device), torch.get_num_threads(), big.numel() * 4 / seconds["read"],
-        side**3 / seconds["fma64"], side**3 / seconds["fma32"],
-    )  # fmt: skip
+        rates.append(side**3 / _best(partial(torch.mm, square, square), device, rounds))
+    return Floor(str(device), threads, bandwidth, rates[0], rates[1])
 
 
 def _best(run: Callable[[], Any], device: torch.device, rounds: int) -> float:
@@ -359,8 +365,11 @@ def _ssim_case(
     """Compare all pairs of filters of one layer; rivals that are slow take the first filters only."""
     F2, F1 = shape[:2]
     w = random_kernels(shape, device)
-    rivals: dict[str, Rival] = {"torch_broadcast": lambda filters: broadcast_ssim(w[:filters])}
-    if (compiled := _compiled(broadcast_ssim_block)) is not None:
+    rivals: dict[str, Rival] = {
+        "torch_broadcast": lambda filters: broadcast_ssim(w[:filters]),
+        "torch_einsum": lambda filters: broadcast_ssim(w[:filters], einsum_ssim_block),
+    }
+    if (compiled := _compiled(einsum_ssim_block)) is not None:
         rivals["torch_compiled"] = lambda filters: broadcast_ssim(w[:filters], compiled)
     ours = _ssim_variants(shape, device, variants)
     rivals |= {name: partial(_ssim_layers, [w], name) for name in ours}
@@ -418,8 +427,21 @@ def broadcast_ssim_block(
     e: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """Return Psi of some filters [I] with others [J]: [I, J]."""
-    mx, sx = mx[:, None], sx[:, None]
+    return _mean_psi((cx[:, None] * cy).mean(3), mx[:, None], sx[:, None], my, sy, e)
+
+
+def einsum_ssim_block(
+    cx: torch.Tensor, mx: torch.Tensor, sx: torch.Tensor, cy: torch.Tensor, my: torch.Tensor, sy: torch.Tensor,
+    e: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """Return the same with the products of slices as batched matrix products."""
     sxy = torch.einsum("ick,jck->ijc", cx, cy) / cx.shape[2]
+    return _mean_psi(sxy, mx[:, None], sx[:, None], my, sy, e)
+
+
+def _mean_psi(
+    sxy: torch.Tensor, mx: torch.Tensor, sx: torch.Tensor, my: torch.Tensor, sy: torch.Tensor, e: torch.Tensor
+) -> torch.Tensor:
     luminance = (2 * (mx * my).abs() + e) / (mx * mx + my * my + e)
     contrast = (2 * sx * sy + e) / (sx * sx + sy * sy + e)
     structure = (sxy.abs() + e) / (sx * sy + e)
