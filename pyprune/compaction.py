@@ -236,8 +236,10 @@ def _decide(network: _Network, plan: Plan, round_to: int) -> _Decision:
         back = _to_bring_back(channels, round_to)
         if not back:
             break
-        keep = {**wanted.keep, **{name: np.union1d(wanted.keep[name], sorted(more)) for name, more in back.items()}}
-        wanted = Plan(keep)
+        more = {name: np.union1d(wanted.keep[name], sorted(back[name])) for name in back.keys() & wanted.keep.keys()}
+        if all(np.array_equal(kept, wanted.keep[name]) for name, kept in more.items()):
+            break  # what is left leaves for other reasons than the plan's
+        wanted = Plan({**wanted.keep, **more})
     kept = _kept(model, plan, wanted, channels, stays, f"makes the number of filters a multiple of {round_to}")
     beyond = _beyond(plan, channels) if network.residual == "union" else {}
     return _Decision(

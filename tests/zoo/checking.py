@@ -289,12 +289,15 @@ def masked(model, plan, slim):
 
 
 def assert_masks_are_honest(model, plan, x):
-    """Check that masks zero only planned filters, and norms only where nothing alive reaches them."""
+    """Check that masks zero only planned filters, and norms and depthwise filters where nothing alive reaches them."""
     slices, gone = graph.dead_slices(model, plan), removed_filters(model, plan)
     silent = constant_inputs(zeroed(model, slices), x)
     for name, indices in slices.items():
         layer = name.rpartition(".")[0]
-        where = gone[layer] if layer in gone else silent[layer]
+        where, module = gone.get(layer), model.get_submodule(layer)
+        if where is None or 1 < getattr(module, "groups", 1) == len(silent[layer]):
+            over = np.repeat(silent[layer], len(module.weight) // len(silent[layer]))
+            where = over if where is None else where | over
         assert where[indices].all(), f"{name} is masked where it is alive"
 
 
