@@ -174,7 +174,7 @@ CALLS = {
     "variants": ("_core.rank_variants()", 1_000_000),
     **{name: (f"_core.rank(maps, 1e-6, {name!r}, 4)", 1_000_000) for name in VARIANTS},
     "bfloat16": ("_core.rank(bits, 1e-6, 'cpu_baseline', 4, 'bfloat16')", 1_000_000),
-    "float64, tridiagonal": ("_core.rank(flat, 3e-5, 'cpu_baseline', 4)", 1_000_000),
+    "float64, bisected": ("_core.rank(flat, 3e-5, 'cpu_baseline', 4)", 1_000_000),
     "wrong dtype": ("refused(maps.astype('int32'))", 1_000_000),
     "wrong dimensions": ("refused(maps[0])", 1_000_000),
     "matrix_rank": ("matrix_rank(maps)", 1_000_000),
