@@ -303,7 +303,7 @@ struct Tiles {
   void run_tile(Index tile, Index channels, const char* x, const char* y, double* sums, bool last) {
     const Index bi = tile / across() * group, bj = tile % across() * group;
     if (same() && bj + group <= bi) return;  // below the diagonal
-    thread_local std::vector<double> own;
+    std::vector<double> own;  // not thread_local: in a library loaded late that is freed behind its thread
     if (!sums) {
       own.assign(static_cast<std::size_t>(group * group * kSsimBlock * kSsimBlock), 0.0);
       sums = own.data();
