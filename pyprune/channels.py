@@ -14,7 +14,7 @@ A new operation is a new function under :func:`_handles`; nothing else has to kn
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -43,10 +43,37 @@ class Value:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """The shape of a tensor, as read by the network; its entry 1 counts channels."""
+    """Sizes of a tensor, as read by the network: of these dimensions, of which dimension 1 counts channels."""
 
     value: Value
-    ndim: int
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Count:
+    """A number that the network computes from a number of channels, and the node that reads it."""
+
+    value: Value
+    reader: str
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Several tensors at once, as chunk and split yield them."""
+
+    parts: tuple[Value, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """A parameter or buffer that the network reads by itself, and its qualified name."""
+
+    name: str
+    tensor: torch.Tensor
+
+
+Found = Value | Reading | Count | Parts | Weights | None
+"""What a node yields; ``None`` is anything that is not followed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +83,7 @@ class Sum:
     sides: tuple[IntArray, IntArray]
     result: IntArray
     ndim: int
+    subtracts: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,14 +105,31 @@ class Slice:
 
 
 @dataclass(frozen=True, eq=False)
+class Split:
+    """A tensor that is cut into several along its channels: the slots of each part."""
+
+    parts: tuple[IntArray, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Sliced:
+    """A parameter or buffer with one entry a channel: along which dimension, and the slots."""
+
+    dim: int
+    slots: IntArray
+
+
+@dataclass(frozen=True, eq=False)
 class Channels:
     """What the walk found.
 
     ``filters`` counts the outputs of each layer that the network calls, and ``first`` is the first slot of each;
     ``inputs`` is what each layer, norm or other sized module reads; ``leaves`` [slots] says which go; ``tied``
-    [slots] numbers the classes of slots that leave together; ``flattens`` names the nodes whose literal size must
-    become a flatten; ``sums``, ``pads`` and ``slices`` describe the nodes that must be written anew; ``groups``
-    counts the groups of grouped convolutions before anything leaves.
+    [slots] numbers the classes of slots that leave together, and ``joined`` those that a lossy union may add to a plan;
+    ``flattens`` names the nodes whose literal size must become a flatten; ``sums``, ``pads``, ``slices`` and ``splits``
+    describe the nodes that must be written anew; ``parameters`` are those that the network reads by themselves and that
+    lose entries; ``sizes`` names the nodes that read a number of channels; ``groups`` counts the groups of grouped
+    convolutions before anything leaves.
     """
 
     filters: Mapping[str, int]
@@ -92,10 +137,14 @@ class Channels:
     inputs: Mapping[str, Value]
     leaves: BoolArray
     tied: IntArray
+    joined: IntArray
     flattens: frozenset[str]
     sums: Mapping[str, Sum]
     pads: Mapping[str, Pad]
     slices: Mapping[str, Slice]
+    splits: Mapping[str, Split]
+    parameters: Mapping[str, Sliced]
+    sizes: frozenset[str]
     groups: Mapping[str, int]
     _why: Callable[[int], str]
 
@@ -112,6 +161,18 @@ class Channels:
         if layer not in self.groups:
             return 1
         return int((~self.leaving(layer)).reshape(self.groups[layer], -1).any(1).sum())
+
+    def leaving_entries(self, parameter: str) -> BoolArray:
+        """Return [C] which entries leave a parameter or buffer that the network reads by itself."""
+        return self.leaves[self.parameters[parameter].slots]
+
+    def leaving_parameters(self, model: nn.Module) -> int:
+        """Return how many numbers leave parameters that the network reads by themselves."""
+        own = {name: one for name, one in model.named_parameters() if name in self.parameters}
+        return sum(
+            int(self.leaving_entries(name).sum()) * (one.numel() // len(self.parameters[name].slots))
+            for name, one in own.items()
+        )
 
     def why(self, layer: str, index: int) -> str:
         """Say why a dead filter stays all the same."""
@@ -134,6 +195,7 @@ def follow(
     shapes: Mapping[fx.Node, Any],
     dead: Mapping[str, IntArray],
     residual: Residual = "scatter",
+    staying: Mapping[str, Collection[int]] | None = None,
 ) -> Channels:
     """Walk ``graph`` and decide which channels leave.
 
@@ -142,13 +204,15 @@ def follow(
     model, graph
         The network and its trace. Neither is changed.
     shapes
-        For each node that yields a tensor, its shape.
+        For each node that yields a tensor, its shape; for each that yields a whole number, that number.
     dead
         What the mask zeroes, from :func:`pyprune.graph.dead_slices`.
     residual
         ``"scatter"`` lets the sides of an addition lose different channels; otherwise all lose the same.
+    staying
+        Filters that stay whatever happens, by layer.
     """
-    walk = _Walk(model, graph, shapes, dead, residual == "scatter")
+    walk = _Walk(model, graph, shapes, dead, residual == "scatter", staying or {})
     for node in graph.nodes:
         walk.values[node] = walk.step(node)
     return walk.result()
@@ -170,19 +234,26 @@ class _Walk:
     shapes: Mapping[fx.Node, Any]
     dead: Mapping[str, IntArray]
     scatters: bool = True
-    values: dict[fx.Node, Value | Reading | None] = field(default_factory=dict)
+    staying: Mapping[str, Collection[int]] = field(default_factory=dict)
+    values: dict[fx.Node, Found] = field(default_factory=dict)
     inputs: dict[str, Value] = field(default_factory=dict)
     holds: list[_Hold] = field(default_factory=list)
     ties: list[_Hold] = field(default_factory=list)
+    joins: list[_Hold] = field(default_factory=list)
     flattens: set[str] = field(default_factory=set)
     sums: dict[str, Sum] = field(default_factory=dict)
     pads: dict[str, Pad] = field(default_factory=dict)
     slices: dict[str, Slice] = field(default_factory=dict)
     groups: dict[str, int] = field(default_factory=dict)
+    splits: dict[str, Split] = field(default_factory=dict)
+    parameters: dict[str, Sliced] = field(default_factory=dict)
+    whole: set[str] = field(default_factory=set)
+    produced: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.modules: dict[str, Any] = dict(self.model.named_modules())
         self.fixed = _fixed_modules(self.model, self.graph, self.modules)
+        self.tied = graphs.tied_parameters(self.model)
         self.counts: dict[str, int] = {}
         for node in self.graph.nodes:
             module = self.modules[str(node.target)] if node.op == "call_module" else None
@@ -190,15 +261,18 @@ class _Walk:
                 self.counts[str(node.target)] = kinds.outputs(module)
         starts = np.cumsum([0, *self.counts.values()])
         self.first = {name: int(start) for name, start in zip(self.counts, starts, strict=False)}
+        self.filters = int(starts[-1])  # every slot below is a filter of a layer
         self.alive = np.ones(starts[-1], np.bool_)
         self.pinned = np.zeros(starts[-1], np.int64)
         self.reasons: list[str] = [""]
         self.others: list[tuple[int, str]] = []  # the first slot of each sum and padding, and its name
 
-    def step(self, node: fx.Node) -> Value | Reading | None:
+    def step(self, node: fx.Node) -> Found:
         """Return what ``node`` yields, after pinning or tying what it reads."""
-        if node.op in ("placeholder", "get_attr"):
+        if node.op == "placeholder":
             return None
+        if node.op == "get_attr":
+            return self.weights(str(node.target))
         if node.op == "output":
             return self.pin_reads(node, "is an output of the model")
         key: Any = node.target
@@ -210,7 +284,37 @@ class _Walk:
         handler = _HANDLERS.get((node.op, key))
         if handler is None:
             return self.pin_reads(node, f"feeds {_title(node, key)}, which pyprune does not know")
+        if view := self.overwritten(node):
+            return self.pin_reads(node, f"is overwritten through {view.name}, a view of it")
         return handler(self, node)
+
+    def weights(self, name: str) -> Weights | None:
+        """Return a tensor that the network reads by itself."""
+        owner, _, leaf = name.rpartition(".")
+        tensor = getattr(self.modules.get(owner), leaf, None)
+        return Weights(name, tensor) if isinstance(tensor, torch.Tensor) else None
+
+    def overwritten(self, node: fx.Node) -> fx.Node | None:
+        """Return the view that ``node`` writes through into a tensor that something else reads."""
+        view = _input(node)
+        if not isinstance(view, fx.Node) or not _is_view(view) or not _in_place(self, node):
+            return None
+        under: Any = view
+        while isinstance(under, fx.Node):
+            several = isinstance(self.values.get(under), Parts)  # each part is its own
+            if not several and sum(not _reads_sizes(user) for user in under.users) > 1:
+                return view
+            under = _input(under) if _is_view(under) or several else None
+        return None
+
+    def tensor(self, node: fx.Node) -> Value | None:
+        """Return the channels of any tensor; those of one that is not followed are new ones, which stay."""
+        value, shape = self.values.get(node), self.shapes.get(node)
+        if value is not None or not isinstance(shape, tuple) or len(shape) < 2:
+            return value if isinstance(value, Value) else None
+        made = self.make(node.name, np.full(shape[1], np.nan))
+        self.pin(made, f"belongs to {node.name}, which pyprune does not follow")
+        return made
 
     def source(self, node: fx.Node) -> Value | None:
         """Return the channels of the tensor that ``node`` works on, its first argument."""
@@ -220,26 +324,29 @@ class _Walk:
     def only(self, node: fx.Node) -> Value | None:
         """Return the channels that ``node`` works on; if it reads others too, keep them all."""
         others = (self.values.get(source) for source in node.all_input_nodes if source is not _input(node))
-        if any(other is not None for other in others):
+        if any(isinstance(other, (Value, Parts, Reading, Count)) for other in others):
             return self.pin_reads(node, f"feeds {node.name} together with other channels")
         return self.source(node)
 
-    def produce(self, node: fx.Node, name: str) -> Value:
+    def produce(self, name: str) -> Value:
         """Return the new channels of layer ``name``: constant 0 where the mask zeroes the filter."""
+        self.produced.add(name)
         slots = np.arange(self.counts[name]) + self.first[name]
         constants = np.full(len(slots), np.nan)
         constants[self.dead.get(f"{name}.weight", [])] = 0.0
         self.alive[slots] = np.isnan(constants)
         value = Value(slots, constants)
+        for index in self.staying.get(name, ()):
+            self.pin(Value(slots[[index]], constants[[index]]), "is to stay")
         if name in self.fixed:
             self.pin(value, self.fixed[name])
         return value
 
     def make(self, name: str, constants: FloatArray) -> Value:
-        """Return new channels that are no layer's filters: those of a sum, which its sides hold, or padded ones."""
+        """Return new channels that are no layer's filters: those of a sum or a product, or padded ones."""
         first = len(self.alive)
         self.others.append((first, name))
-        self.alive = np.concatenate([self.alive, np.zeros(len(constants), np.bool_)])
+        self.alive = np.concatenate([self.alive, np.isnan(constants)])
         self.pinned = np.concatenate([self.pinned, np.zeros(len(constants), np.int64)])
         return Value(np.arange(first, first + len(constants)), constants)
 
@@ -268,18 +375,68 @@ class _Walk:
 
     def pin_reads(self, node: fx.Node, reason: str) -> Value | None:
         """Keep everything that ``node`` reads, and follow its result no further."""
-        for source in node.all_input_nodes:
-            value = self.values.get(source)
-            if isinstance(value, Reading):
-                value = value.value
-            if value is not None:
-                self.pin(value, reason)
+        for value in [self.values.get(source) for source in node.all_input_nodes]:
+            if isinstance(value, Count):
+                self.pin(value.value, f"has its number of channels read by {value.reader}")
+        for value in [self.values.get(source) for source in node.all_input_nodes]:
+            if isinstance(value, Weights):
+                self.whole.add(value.name)
+            elif isinstance(value, Parts):
+                for part in value.parts:
+                    self.pin(part, reason)
+            elif isinstance(value, (Value, Reading)):
+                self.pin(value.value if isinstance(value, Reading) else value, reason)
         return None
+
+    def hold(self, by: IntArray, held: IntArray, reason: str) -> None:
+        """Note that the slots in ``held`` stay where those in ``by`` do."""
+        self.holds.append(_Hold(by, held, reason))
+
+    def tie(self, one: IntArray, other: IntArray, reason: str, joins: bool = False) -> None:
+        """Note that the slots stay or leave together; what ``joins`` may be removed by a lossy union."""
+        self.hold(one, other, reason)
+        self.hold(other, one, reason)
+        self.ties.append(self.holds[-1])
+        if joins:
+            self.joins.append(self.holds[-1])
+
+    def slice_weights(self, name: str, dim: int, value: Value) -> None:
+        """Note that a parameter loses the entries of the channels that leave, at each of its uses the same."""
+        owner = name.rpartition(".")[0]
+        fixed = f"is {self.tied[name]} too" if name in self.tied else self.fixed_owner(owner)
+        if fixed:
+            self.pin(value, f"meets {name}, which {fixed}")
+        elif name not in self.parameters:
+            self.parameters[name] = Sliced(dim, value.slots)
+        elif self.parameters[name].dim == dim:
+            self.tie(self.parameters[name].slots, value.slots, f"meets {name}")
+        else:
+            self.whole.add(name)
+            self.pin(value, f"meets {name}, which is read in several ways")
+
+    def fixed_owner(self, owner: str) -> str:
+        """Say why the parameters of a module cannot be cut by their readers alone, or nothing."""
+        called = any(node.op == "call_module" and node.target == owner for node in self.graph.nodes)
+        return "belongs to a layer that is called too" if called else ""
+
+    def _needed(self) -> BoolArray:
+        """Return [slots] which layers read that mix channels, and as anything but constants."""
+        needed = np.zeros(len(self.alive), np.bool_)
+        for name, value in self.inputs.items():
+            if name in self.counts and name not in self.groups:  # those hold theirs group by group
+                needed[value.slots[np.isnan(value.constants)]] = True
+        return needed
 
     def result(self) -> Channels:
         """Decide what leaves; a tensor never loses its last channel."""
+        for name in self.whole & self.parameters.keys():
+            slots = self.parameters[name].slots
+            self.pin(Value(slots, np.zeros(len(slots))), f"meets {name}, which is read elsewhere too")
+        for name in self.counts.keys() - self.produced:
+            self.pin(self.produce(name), self.fixed.get(name, "is a filter of a layer that is not followed"))
+        needed = self._needed()
         while True:
-            origins, through = self._spread()
+            origins, through = self._spread(needed)
             leaves = origins < 0
             empty = [
                 (node, value)
@@ -293,29 +450,38 @@ class _Walk:
             node, value = empty[0]
             self.pin(Value(value.slots[:1], value.constants[:1]), f"is the last channel of {node.name}")
         return Channels(
-            self.counts, self.first, self.inputs, leaves, self._tied(), frozenset(self.flattens),
-            self.sums, self.pads, self.slices, self.groups, self._explain(origins, through),
+            self.counts, self.first, self.inputs, leaves, self._classes(self.ties), self._classes(self.joins),
+            frozenset(self.flattens), self.sums, self.pads, self.slices, self.splits, self.parameters,
+            frozenset(node.name for node, value in self.values.items() if isinstance(value, (Reading, Count))),
+            self.groups, self._explain(origins, through),
         )  # fmt: skip
 
-    def _spread(self) -> tuple[IntArray, IntArray]:
-        """Return, for each slot that stays, the nearest slot that holds it and stays by itself; and the last hold.
+    def _spread(self, needed: BoolArray) -> tuple[IntArray, IntArray]:
+        """Return, for each slot that stays, the nearest slot that explains it; and the hold that it came through.
 
         Both are -1 for a slot that leaves; the hold is -1 for one that stays by itself.
         """
         by, held = _joined(hold.by for hold in self.holds), _joined(hold.held for hold in self.holds)
         which = np.repeat(np.arange(len(self.holds)), [len(hold.by) for hold in self.holds])
-        origins = np.where(self.alive | (self.pinned > 0), np.arange(len(self.alive)), -1)
+        stays = needed | (self.pinned > 0)
+        while (new := np.flatnonzero(stays[by] & ~stays[held])).size:
+            stays[held[new]] = True
+        # A sum that is alive is so because a filter is, and that is what explains it: filters come first.
+        own = self.alive & (np.arange(len(stays)) < self.filters)
+        origins = np.where(stays & (own | (self.pinned > 0)), np.arange(len(stays)), -1)
         through = np.full(len(origins), -1)
-        while (new := np.flatnonzero((origins[by] >= 0) & (origins[held] < 0))).size:
-            origins[held[new]], through[held[new]] = origins[by[new]], which[new]
+        for _ in range(2):
+            while (new := np.flatnonzero((origins[by] >= 0) & (origins[held] < 0))).size:
+                origins[held[new]], through[held[new]] = origins[by[new]], which[new]
+            origins = np.where(stays & (origins < 0), np.arange(len(stays)), origins)
         return origins, through
 
-    def _tied(self) -> IntArray:
+    def _classes(self, ties: list[_Hold]) -> IntArray:
         """Return [slots] the classes of slots that can leave only together."""
         count = len(self.alive)
         if not count:
             return np.zeros(0, np.int64)
-        ends = (_joined(tie.by for tie in self.ties), _joined(tie.held for tie in self.ties))
+        ends = (_joined(tie.by for tie in ties), _joined(tie.held for tie in ties))
         edges = coo_array((np.ones(len(ends[0]), np.bool_), ends), shape=(count, count))
         tied: IntArray = connected_components(edges, directed=False)[1].astype(np.int64)
         return tied
@@ -370,6 +536,17 @@ def _title(node: fx.Node, key: Any) -> str:
     return f"{home.removeprefix('_')}.{getattr(key, '__name__', key)}"
 
 
+def _reads_sizes(node: fx.Node) -> bool:
+    return node.target is getattr or (node.op == "call_method" and node.target in ("size", "dim"))
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Say whether the result of ``node`` may lie in the memory of what it reads."""
+    if node.op == "call_method":
+        return str(node.target) in ops.VIEW_METHODS
+    return node.op == "call_function" and node.target in ops.VIEW_FUNCTIONS
+
+
 def _input(node: fx.Node) -> Any:
     """Return the tensor that ``node`` works on: its first argument, or in 2 * x the only one that is a node."""
     first = node.args[0] if node.args else node.kwargs.get("input")
@@ -378,7 +555,7 @@ def _input(node: fx.Node) -> Any:
     return first
 
 
-_Handler = Callable[[_Walk, fx.Node], Value | Reading | None]
+_Handler = Callable[[_Walk, fx.Node], Found]
 _HANDLERS: dict[tuple[str, Any], _Handler] = {}
 _PRODUCERS = ops.CONVOLUTIONS | ops.TRANSPOSED | {nn.Linear}
 
@@ -394,7 +571,7 @@ def _handles(op: str, *keys: Any) -> Callable[[_Handler], _Handler]:
 @_handles("call_module", nn.Linear)
 def _linear(walk: _Walk, node: fx.Node) -> Value | None:
     name = str(node.target)
-    output = walk.produce(node, name)
+    output = walk.produce(name)
     if len(walk.shapes[node]) != 2:
         walk.pin_reads(node, f"feeds {name} with more than two dimensions")
         walk.pin(output, "has more than two dimensions")
@@ -496,35 +673,50 @@ def _mean(walk: _Walk, node: fx.Node) -> Value | None:
 
 
 @_handles("call_function", getattr)
-def _attribute(walk: _Walk, node: fx.Node) -> Value | Reading | None:
+def _attribute(walk: _Walk, node: fx.Node) -> Found:
     value = walk.source(node)
     if node.args[1] not in ("shape", "ndim", "dtype", "device"):
         return walk.pin_reads(node, f"feeds .{node.args[1]}, which pyprune does not know")
-    return Reading(value, len(walk.shapes[_input(node)])) if value is not None and node.args[1] == "shape" else None
+    return _sizes(walk, node, value) if value is not None and node.args[1] == "shape" else None
 
 
 @_handles("call_method", "size", "dim")
-def _size(walk: _Walk, node: fx.Node) -> Value | Reading | None:
+def _size(walk: _Walk, node: fx.Node) -> Found:
     value = walk.source(node)
     if value is None or node.target == "dim":
         return None
-    ndim = len(walk.shapes[_input(node)])
     dim = ops.argument(node, 1, "dim")
     if dim is None:
-        return Reading(value, ndim)
-    return walk.pin_reads(node, f"has its number of channels read by {node.name}") if dim % ndim == 1 else None
+        return _sizes(walk, node, value)
+    return Count(value, node.name) if dim % len(walk.shapes[_input(node)]) == 1 else None
+
+
+def _sizes(walk: _Walk, node: fx.Node, value: Value) -> Reading:
+    return Reading(value, tuple(range(len(walk.shapes[_input(node)]))))
 
 
 @_handles("call_function", operator.getitem)
-def _item(walk: _Walk, node: fx.Node) -> Value | None:
+def _item(walk: _Walk, node: fx.Node) -> Found:
     value, index = walk.values.get(_input(node)), node.args[1]
     if isinstance(value, Value):
         return _slice(walk, node, value)
-    if not isinstance(value, Reading):
+    if not isinstance(value, (Reading, Parts)) or not isinstance(index, (int, slice)) or len(node.all_input_nodes) > 1:
         return walk.pin_reads(node, "feeds an indexing, which pyprune does not know")
-    if not isinstance(index, (int, slice)) or 1 in np.atleast_1d(np.arange(value.ndim)[index]):
-        return walk.pin_reads(node, f"has its number of channels read by {node.name}")
-    return None
+    if isinstance(value, Parts):
+        return value.parts[index] if isinstance(index, int) else Parts(value.parts[index])
+    dims = value.dims[index]
+    if isinstance(dims, int):
+        return Count(value.value, node.name) if dims == 1 else None
+    return Reading(value.value, dims) if 1 in dims else None
+
+
+@_handles("call_function", *ops.COUNT_FUNCTIONS)
+def _counted(walk: _Walk, node: fx.Node) -> Found:
+    """Compute with numbers."""
+    counts = [value for value in map(walk.values.get, node.all_input_nodes) if isinstance(value, Count)]
+    if len(counts) == 1 and len(node.all_input_nodes) == 1:
+        return Count(counts[0].value, node.name)
+    return walk.pin_reads(node, f"feeds {_title(node, node.target)}, which pyprune does not know")
 
 
 def _slice(walk: _Walk, node: fx.Node, value: Value) -> Value | None:
@@ -532,8 +724,6 @@ def _slice(walk: _Walk, node: fx.Node, value: Value) -> Value | None:
     index = ops.whole_batch_index(node, len(walk.shapes[_input(node)]))
     if index is None or len(node.all_input_nodes) > 1:
         return walk.pin_reads(node, "feeds an indexing, which pyprune does not know")
-    if any(_in_place(walk, user) for user in node.users):
-        walk.pin(value, f"is overwritten through {node.name}, a slice of it")
     taken = np.arange(len(value.slots))[index[1]]
     walk.slices[node.name] = Slice(value.slots, taken, index)
     return Value(value.slots[taken], value.constants[taken])
@@ -557,32 +747,242 @@ def _pad(walk: _Walk, node: fx.Node) -> Value | None:
     return Value(np.concatenate([p.slots for p in parts]), np.concatenate([p.constants for p in parts]))
 
 
-@_handles("call_function", *ops.ADD_FUNCTIONS)
-@_handles("call_method", *ops.ADD_METHODS)
-def _add(walk: _Walk, node: fx.Node) -> Value | Reading | None:
+@_handles("call_function", *ops.ADD_FUNCTIONS, *ops.SUB_FUNCTIONS)
+@_handles("call_method", *ops.ADD_METHODS, *ops.SUB_METHODS)
+def _add(walk: _Walk, node: fx.Node) -> Found:
     """Add two tensors channel by channel; adding a number, or a tensor to itself, maps the constants."""
-    if len(node.all_input_nodes) == 1 and walk.source(node) is not None:
-        return _activation_function(walk, node)
     sources = node.all_input_nodes
-    found = [walk.values.get(source) for source in sources]
-    values = [value for value in found if isinstance(value, Value)]
-    shapes = {tuple(walk.shapes.get(source, ())) for source in sources}
-    if len(values) != 2 or len(shapes) != 1 or len(node.args) != 2 or node.kwargs:
+    if len(sources) == 1:
+        return _alone(walk, node)
+    shapes = {walk.shapes.get(source) for source in sources}
+    plain = len(shapes) == 1 and len(sources) == len(node.args) == 2 and not node.kwargs
+    if not plain or any(isinstance(walk.values.get(source), Weights) for source in sources):
+        return _pair(walk, node)
+    if not any(isinstance(walk.values.get(source), Value) for source in sources):
+        return walk.pin_reads(node, f"reaches {node.name}, an addition that pyprune does not follow")
+    sides = [walk.tensor(source) for source in sources]
+    first, second = sides
+    if first is None or second is None:
         return walk.pin_reads(node, f"reaches {node.name}, an addition whose other side pyprune does not follow")
-    first, second = values
-    result = walk.make(node.name, first.constants + second.constants)
-    walk.sums[node.name] = Sum((first.slots, second.slots), result.slots, len(walk.shapes[node]))
+    subtracts = node.target in ops.SUB_FUNCTIONS or node.target in ops.SUB_METHODS
+    result = walk.make(node.name, first.constants + (-second.constants if subtracts else second.constants))
+    walk.sums[node.name] = Sum((first.slots, second.slots), result.slots, len(walk.shapes[node]), subtracts)
     overwrites = _in_place(walk, node) and len(_input(node).users) > 1  # then it cannot be written anew
-    for side in values:
-        walk.holds.append(_Hold(side.slots, result.slots, f"reaches {node.name}"))
-        if walk.scatters and not overwrites:
-            carry = ~np.isnan(side.constants) & (side.constants != 0)
-            reason = f"carries a constant other than 0 into {node.name}"
-            walk.holds.append(_Hold(result.slots[carry], side.slots[carry], reason))
-        else:
-            walk.holds.append(_Hold(result.slots, side.slots, f"reaches {node.name}"))
-            walk.ties.append(walk.holds[-1])
+    for side in (first, second):
+        if not walk.scatters or overwrites:
+            walk.tie(side.slots, result.slots, f"reaches {node.name}", joins=True)
+            continue
+        walk.hold(side.slots, result.slots, f"reaches {node.name}")
+        alive = np.isnan(side.constants)
+        walk.hold(result.slots[alive], side.slots[alive], f"reaches {node.name}")
+        carry = ~alive & (side.constants != 0)
+        reason = f"carries a constant other than 0 into {node.name}"
+        walk.hold(result.slots[carry], side.slots[carry], reason)
     return _written(walk, node, first, result)
+
+
+@_handles("call_function", *ops.PRODUCT_FUNCTIONS)
+@_handles("call_method", *ops.PRODUCT_METHODS)
+def _product(walk: _Walk, node: fx.Node) -> Found:
+    """Multiply, divide or compare two tensors channel by channel."""
+    return _alone(walk, node) if len(node.all_input_nodes) == 1 else _pair(walk, node)
+
+
+def _alone(walk: _Walk, node: fx.Node) -> Found:
+    """Combine a tensor with a number or with itself, or a number of channels with a number."""
+    value = walk.values.get(node.all_input_nodes[0])
+    if isinstance(value, Count):
+        return Count(value.value, node.name)
+    return None if value is None else _activation_function(walk, node)
+
+
+def _pair(walk: _Walk, node: fx.Node) -> Value | None:
+    """Combine two tensors entry by entry, where one may be repeated along dimensions of size 1.
+
+    The channels of both and of the result stay or leave together, except that what is repeated along the channels, or
+    has none, only has to stay. Zero in either factor makes zero of the product, whatever the other is.
+    """
+    reason = f"feeds {_title(node, node.target)} together with another tensor"
+    shape = walk.shapes.get(node)
+    if len(node.args) != 2 or node.kwargs or not isinstance(shape, tuple) or len(shape) < 2:
+        return walk.pin_reads(node, reason)
+    sides = [_side(walk, arg, shape) for arg in node.args]
+    first, second = sides
+    if first is None or second is None or not any(isinstance(walk.values.get(a), Value) for a in node.all_input_nodes):
+        return walk.pin_reads(node, reason)
+    constants = _combined(node, first.constants, second.constants)
+    known = ~np.isnan(first.constants) & ~np.isnan(second.constants) & ~np.isfinite(constants)
+    for side in sides:
+        if side is not None and side.value is not None:
+            where = known if len(side.value.slots) == shape[1] else np.full(len(side.value.slots), known.any())
+            walk.pin(side.value, f"becomes infinite or undefined at {node.name}", where)
+    result = walk.make(node.name, constants)
+    for one, other in ((first, second), (second, first)):
+        if one.value is None:
+            continue
+        if len(one.value.slots) == shape[1]:
+            # A gate with one entry a channel multiplies a stream; what a union removes is the stream's.
+            walk.tie(one.value.slots, result.slots, f"reaches {node.name}", joins=not one.gates or other.gates)
+        else:
+            walk.hold(result.slots, np.repeat(one.value.slots, shape[1]), f"reaches {node.name}")
+    for side in sides:
+        if side is not None and side.weights:
+            walk.slice_weights(side.weights, side.dim, result)
+    own = walk.values.get(_input(node))
+    return _written(walk, node, own, result) if isinstance(own, Value) else result
+
+
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """One operand: its channels if it has any, and its constants [C] as the result sees them."""
+
+    value: Value | None
+    constants: FloatArray
+    gates: bool = True  # whether it is repeated over space
+    weights: str = ""
+    dim: int = 0
+
+
+def _side(walk: _Walk, arg: Any, shape: Sequence[int]) -> _Side | None:
+    """Return what an operand is to a result of that ``shape``; ``None`` if that is not known."""
+    own = walk.shapes.get(arg) if isinstance(arg, fx.Node) else None
+    if not isinstance(own, tuple):
+        return None
+    dim, unknown = len(own) - (len(shape) - 1), np.full(shape[1], np.nan)  # which of its dimensions meets channels
+    value = walk.values.get(arg)
+    if isinstance(value, Weights):
+        constants = _entries(value.tensor, dim, shape[1])
+        cut = dim >= 0 and own[dim] == shape[1] > 1
+        return _Side(None, constants, weights=value.name if cut else "", dim=dim)
+    if dim < 0 or own[dim] == 1 != shape[1]:
+        if isinstance(value, Value):
+            return _Side(value, np.repeat(value.constants, shape[1]), False) if dim == 1 else None
+        return _Side(None, unknown)
+    if dim != 1 or own[1] != shape[1]:
+        return None
+    made = walk.tensor(arg)
+    return None if made is None else _Side(made, made.constants, all(size == 1 for size in own[2:]))
+
+
+def _entries(tensor: torch.Tensor, dim: int, count: int) -> FloatArray:
+    """Return [count] the entry that each channel meets, NaN where it meets several."""
+    found = tensor.detach().to("cpu", torch.float64)
+    if dim >= 0 and found.shape[dim] == count:
+        found = found.movedim(dim, 0).reshape(count, -1)
+    else:
+        found = found.reshape(1, -1).expand(count, -1)
+    same = (found == found[:, :1]).all(1)
+    return np.where(same.numpy(), found[:, 0].numpy(), np.nan)
+
+
+def _combined(node: fx.Node, first: FloatArray, second: FloatArray) -> FloatArray:
+    """Return the constants of what ``node`` makes of two operands."""
+    one, other = torch.from_numpy(first.copy()), torch.from_numpy(second.copy())
+    function: Any = node.target
+    found = getattr(one, function)(other) if isinstance(function, str) else function(one, other)
+    constants = np.asarray(found, np.float64)
+    if node.target in ops.MUL_FUNCTIONS or node.target in ops.MUL_METHODS:
+        constants = np.where((first == 0) | (second == 0), 0.0, constants)
+    return constants
+
+
+@_handles("call_function", *ops.CAT_FUNCTIONS)
+def _cat(walk: _Walk, node: fx.Node) -> Value | None:
+    """Put tensors side by side along the channels, or along another dimension, where their channels must agree."""
+    tensors, ndim = ops.argument(node, 0, "tensors"), len(walk.shapes[node])
+    dim = ops.argument(node, 1, "dim", node.kwargs.get("axis", 0))
+    listed = _listed(walk, tensors)
+    if listed is None or not isinstance(dim, int) or ndim < 2:
+        return walk.pin_reads(node, f"feeds {_title(node, node.target)} in a way that pyprune does not follow")
+    if not any(isinstance(walk.values.get(source), (Value, Parts)) for source in node.all_input_nodes):
+        return None
+    if dim % ndim == 1:
+        joined = [np.concatenate([getattr(value, key) for value in listed]) for key in ("slots", "constants")]
+        return Value(joined[0], joined[1])
+    first, *others = listed
+    constants = first.constants
+    for other in others:
+        constants = np.where(constants == other.constants, constants, np.nan)
+    result = walk.make(node.name, constants)
+    for value in listed:
+        walk.tie(value.slots, result.slots, f"reaches {node.name}", joins=True)
+        differ = np.isnan(constants) & np.all([~np.isnan(one.constants) for one in listed], 0)
+        walk.pin(value, f"is another constant on the other side of {node.name}", differ)
+    return result
+
+
+def _listed(walk: _Walk, tensors: Any) -> list[Value] | None:
+    """Return the channels of each tensor in a list, or of what chunk yields; ``None`` if one is no such tensor."""
+    found = walk.values.get(tensors) if isinstance(tensors, fx.Node) else None
+    if isinstance(found, Parts):
+        return list(found.parts)
+    if not isinstance(tensors, (list, tuple)) or not tensors:
+        return None
+    values = [walk.tensor(one) if isinstance(one, fx.Node) else None for one in tensors]
+    listed = [value for value in values if value is not None]
+    return listed if len(listed) == len(values) else None
+
+
+@_handles("call_function", *ops.SPLIT_FUNCTIONS)
+@_handles("call_method", *ops.SPLIT_METHODS)
+def _split(walk: _Walk, node: fx.Node) -> Found:
+    """Cut a tensor into several, along the channels or along another dimension."""
+    value = walk.source(node)
+    where = fx.map_arg(ops.argument(node, 1, ops.SPLIT_NAMES[_name(node)]), walk.shapes.get)
+    dim = ops.argument(node, 2, "dim", 0)
+    shape = walk.shapes.get(_input(node))
+    if value is None or not isinstance(shape, tuple) or not isinstance(dim, int) or dim % len(shape) == 0:
+        return walk.pin_reads(node, f"feeds {_title(node, node.target)} in a way that pyprune does not follow")
+    dim %= len(shape)
+    try:
+        cuts = getattr(torch, _name(node))(torch.arange(shape[dim]), where)
+    except (TypeError, RuntimeError):
+        return walk.pin_reads(node, f"feeds {_title(node, node.target)} in a way that pyprune does not follow")
+    if dim != 1:
+        return Parts((value,) * len(cuts))
+    parts = tuple(Value(value.slots[cut.numpy()], value.constants[cut.numpy()]) for cut in cuts)
+    walk.splits[node.name] = Split(tuple(part.slots for part in parts))
+    return Parts(parts)
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
+
+
+@_handles("call_function", torch.narrow)
+@_handles("call_method", "narrow")
+def _narrow(walk: _Walk, node: fx.Node) -> Value | None:
+    """Take neighbouring channels, or a part of space."""
+    value, shape = walk.source(node), walk.shapes.get(_input(node))
+    dim, start, length = (ops.argument(node, i, name) for i, name in ((1, "dim"), (2, "start"), (3, "length")))
+    if value is None or not isinstance(shape, tuple) or not all(type(one) is int for one in (dim, start, length)):
+        return walk.pin_reads(node, f"feeds {_title(node, node.target)} in a way that pyprune does not follow")
+    dim %= len(shape)
+    if dim != 1:
+        return value if dim else walk.pin_reads(node, f"feeds {_title(node, node.target)} over the batch")
+    start %= shape[1]
+    return _taken(walk, node, value, np.arange(start, start + length), (slice(None), slice(start, start + length)))
+
+
+@_handles("call_function", torch.index_select)
+@_handles("call_method", "index_select")
+def _index_select(walk: _Walk, node: fx.Node) -> Value | None:
+    """Take channels by a tensor that the model holds, or a part of space."""
+    value, shape = walk.source(node), walk.shapes.get(_input(node))
+    index = walk.values.get(ops.argument(node, 2, "index"))
+    dim = ops.argument(node, 1, "dim")
+    if value is None or not isinstance(shape, tuple) or not isinstance(dim, int) or not isinstance(index, Weights):
+        return walk.pin_reads(node, f"feeds {_title(node, node.target)} in a way that pyprune does not follow")
+    walk.whole.add(index.name)
+    if dim % len(shape) != 1:
+        return walk.pin_reads(node, f"feeds {_title(node, node.target)} over another dimension")
+    taken = index.tensor.detach().cpu().numpy().astype(np.int64).reshape(-1)
+    return _taken(walk, node, value, taken, (slice(None), slice(None)))
+
+
+def _taken(walk: _Walk, node: fx.Node, value: Value, taken: IntArray, index: tuple[slice, ...]) -> Value:
+    walk.slices[node.name] = Slice(value.slots, taken, index)
+    return Value(value.slots[taken], value.constants[taken])
 
 
 from pyprune import kinds as kinds  # noqa: E402  at the end, since the handlers of layer kinds need the walk

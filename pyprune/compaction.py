@@ -146,13 +146,14 @@ def compact(
         decision = _decide(network, plan, round_to)
         masked = _masked(model, decision.dead)
         slim = _rebuild(masked, decision)
-        sources = origins(slim, masked, own, lambda name, module: _cut(name, module, decision.channels, {}))
+        sources = origins(slim, masked, own, lambda name, module: _cut_whole(name, module, decision.channels))
         certificate = _verify(masked, slim, decision, inputs) if verify else _unverified(model)
         del masked
         before, after = _profiles(network, slim, decision, _copies(inputs), latency)
     return Compacted(
-        slim, certificate, plan, decision.kept, before, after, inputs, residual, decision.beyond, sources, wrappers
-    )
+        slim, certificate, plan, decision.kept, before, after, inputs, residual, decision.beyond, sources, wrappers,
+        decision.lossy,
+    )  # fmt: skip
 
 
 def _prepared(who: str, model: nn.Module) -> nn.Module:
@@ -179,6 +180,7 @@ class _Decision:
     plan: Plan  # what is carried out: extended by a union, or reduced by rounding
     kept: Mapping[str, Mapping[int, str]]
     beyond: Mapping[str, IntArray]  # filters that leave although the given plan keeps them
+    lossy: bool  # whether a union extended the plan
     dropouts: frozenset[str]  # the nodes of functional dropout that follow the training flag
 
 
@@ -193,27 +195,39 @@ class _Network:
         self.images = len(inputs[0])
 
     def walk(
-        self, plan: Plan, residual: Residual | None = None
+        self, plan: Plan, staying: Mapping[str, set[int]] | None = None
     ) -> tuple[dict[str, IntArray], dict[str, dict[int, str]], Channels]:
         """Return what a mask zeroes, which filters no mask can silence, and which channels leave."""
         dead, stays = graphs.follow_masks(self.model, plan, self.graph)
-        return dead, stays, self.follow(dead, residual)
+        return dead, stays, self.follow(dead, staying=staying)
 
-    def follow(self, dead: Mapping[str, IntArray], residual: Residual | None = None) -> Channels:
-        return channel_walk.follow(self.model, self.graph, self.shapes, dead, residual or self.residual)
+    def follow(
+        self,
+        dead: Mapping[str, IntArray],
+        residual: Residual | None = None,
+        staying: Mapping[str, set[int]] | None = None,
+    ) -> Channels:
+        return channel_walk.follow(self.model, self.graph, self.shapes, dead, residual or self.residual, staying)
 
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Hold the random state still, and keep reduced precision out of the comparison."""
-    device = measure.model_device(model)
+    """Hold the random state still, keep reduced precision out of the comparison, and leave no traces in ``model``."""
+    device, own = measure.model_device(model), set(vars(model))
     with ExitStack() as stack:
+        stack.callback(_forget, model, own)
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         if device.type == "cuda":
             stack.enter_context(torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False))
         yield
+
+
+def _forget(model: nn.Module, own: set[str]) -> None:
+    """Delete what tracing left behind: tensors that the network computes from its buffers alone."""
+    for name in set(vars(model)) - own:
+        delattr(model, name)
 
 
 def _inputs(who: str, example_inputs: Any) -> tuple[torch.Tensor, ...]:
@@ -230,21 +244,21 @@ def _copies(inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 def _decide(network: _Network, plan: Plan, round_to: int) -> _Decision:
     """Follow the channels, and bring filters back until every number of filters is a multiple."""
     model = network.model
-    wanted = _united(network, plan) if network.residual == "union" else plan
+    united = wanted = _united(network, plan) if network.residual == "union" else plan
+    back: dict[str, set[int]] = {}
     while True:
-        dead, stays, channels = network.walk(wanted)
-        back = _to_bring_back(channels, round_to)
-        if not back:
+        dead, stays, channels = network.walk(wanted, back)
+        more = _to_bring_back(channels, round_to)
+        if not more:
             break
-        more = {name: np.union1d(wanted.keep[name], sorted(back[name])) for name in back.keys() & wanted.keep.keys()}
-        if all(np.array_equal(kept, wanted.keep[name]) for name, kept in more.items()):
-            break  # what is left leaves for other reasons than the plan's
-        wanted = Plan({**wanted.keep, **more})
+        back = {name: back.get(name, set()) | more.get(name, set()) for name in back.keys() | more.keys()}
+        again = {name: np.array(sorted(filters), np.int64) for name, filters in back.items()}
+        wanted = Plan({name: np.union1d(kept, again.get(name, kept)) for name, kept in united.keep.items()})
     kept = _kept(model, plan, wanted, channels, stays, f"makes the number of filters a multiple of {round_to}")
-    beyond = _beyond(plan, channels) if network.residual == "union" else {}
-    return _Decision(
-        network.graph, channels, dead, plan, wanted, kept, beyond, _training_dropouts(model, network.graph)
-    )
+    beyond = _beyond(plan, channels)
+    lossy = any(np.isin(filters, wanted.keep.get(name, filters), invert=True).any() for name, filters in beyond.items())
+    dropouts = _training_dropouts(model, network.graph)
+    return _Decision(network.graph, channels, dead, plan, wanted, kept, beyond, lossy, dropouts)
 
 
 def _united(network: _Network, plan: Plan) -> Plan:
@@ -254,7 +268,7 @@ def _united(network: _Network, plan: Plan) -> Plan:
     would lose every filter keeps the one that most branches keep.
     """
     channels, layers = network.walk(plan)[2], graphs.prunable(network.model)
-    classes = {name: channels.tied[first : first + channels.filters[name]] for name, first in channels.first.items()}
+    classes = {name: channels.joined[first : first + channels.filters[name]] for name, first in channels.first.items()}
     stuck: set[int] = {int(one) for name, tied in classes.items() if name not in layers for one in tied}
     while True:
         united = _extended(plan, {name: tied for name, tied in classes.items() if name in layers}, stuck)
@@ -314,15 +328,17 @@ def _drops(node: fx.Node) -> Any:
     return ops.argument(node, 2, "training", True)
 
 
-def _shapes(who: str, model: nn.Module, graph: fx.Graph, inputs: tuple[torch.Tensor, ...]) -> dict[fx.Node, torch.Size]:
-    """Run the graph once in eval mode and return the shape of every tensor."""
-    shapes: dict[fx.Node, torch.Size] = {}
+def _shapes(who: str, model: nn.Module, graph: fx.Graph, inputs: tuple[torch.Tensor, ...]) -> dict[fx.Node, Any]:
+    """Run the graph once in eval mode and return the shape of every tensor, and every whole number."""
+    shapes: dict[fx.Node, Any] = {}
 
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             result = super().run_node(n)
             if isinstance(result, torch.Tensor):
                 shapes[n] = result.shape
+            elif type(result) is int:
+                shapes[n] = result
             return result
 
     try:
@@ -395,7 +411,8 @@ def _rebuild(masked: nn.Module, decision: _Decision) -> fx.GraphModule:
             parts[target] = _cut(target, masked.get_submodule(target), decision.channels, memo)
     for node in graph.nodes:
         if node.op == "get_attr":
-            parts[str(node.target)] = _attribute(masked, parts, str(node.target), memo)
+            tensor = _attribute(masked, parts, str(node.target), memo)
+            parts[str(node.target)] = _sliced(str(node.target), tensor, decision.channels)
     _name_dropouts(graph, parts, decision.dropouts)
     taken = {path.partition(".")[0] for path in parts}
     rewiring = Rewiring(graph, decision.channels, taken, measure.model_device(masked), _is_last(masked))
@@ -440,6 +457,23 @@ def _attribute(masked: nn.Module, parts: Mapping[str, Any], target: str, memo: d
     if owner in parts:
         return getattr(parts[owner], leaf)
     return copy.deepcopy(getattr(masked.get_submodule(owner), leaf), memo)
+
+
+def _cut_whole(name: str, module: nn.Module, channels: Channels) -> Any:
+    """Return a copy of ``module`` without what leaves of it, be it a layer or one whose parameters the model reads."""
+    slim = _cut(name, module, channels, {})
+    for leaf, parameter in list(slim.named_parameters(recurse=False)):
+        setattr(slim, leaf, _sliced(f"{name}.{leaf}" if name else leaf, parameter, channels))
+    return slim
+
+
+def _sliced(name: str, tensor: Any, channels: Channels) -> Any:
+    """Return a tensor that the model reads directly without the entries that leave."""
+    if name not in channels.parameters or not channels.leaving_entries(name).any():
+        return tensor
+    left = torch.from_numpy(np.flatnonzero(~channels.leaving_entries(name))).to(tensor.device)
+    data = tensor.detach().index_select(channels.parameters[name].dim, left)
+    return nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
 
 
 def _module(graph: fx.Graph, parts: dict[str, Any], title: str, like: nn.Module) -> fx.GraphModule:
@@ -631,7 +665,7 @@ class _Slimmed(fx.Interpreter):
         """Return a tensor that the network reads directly: the masked network's own, or an index."""
         owner, _, leaf = target.rpartition(".")
         if hasattr(self.masked.get(owner), leaf):
-            return getattr(self.masked[owner], leaf)
+            return _sliced(target, getattr(self.masked[owner], leaf), self.channels)
         return super().get_attr(target, args, kwargs).to(self.device)
 
 
@@ -779,7 +813,8 @@ def _analysis(network: _Network, plan: Plan, decision: _Decision) -> Analysis:
     )
     saved = {channels: _saved(network.model, channels) for channels in (apart, together, decision.channels)}
     total = sum(one.numel() for one in network.model.parameters())
-    return Analysis(layers, total, total - saved[decision.channels], network.residual, saved[apart] - saved[together])
+    coupled = saved[apart] - saved[together]
+    return Analysis(layers, total, total - saved[decision.channels], network.residual, coupled, decision.lossy)
 
 
 def _saved(model: nn.Module, channels: Channels) -> int:
@@ -791,7 +826,7 @@ def _saved(model: nn.Module, channels: Channels) -> int:
             saved += _weights(module) - _weights_left(name, module, channels)
         else:
             saved += int(channels.leaving_inputs(name).sum()) * len(list(module.parameters()))
-    return saved
+    return saved + channels.leaving_parameters(model)
 
 
 def _weights(module: Any) -> int:

@@ -320,7 +320,8 @@ class _MaskWalk:
         if dims is not None:
             keeps = ops.argument(node, 2, "keepdim", False)
             return stream if keeps else replace(stream, ndim=stream.ndim - len(dims))
-        if node.target in ops.SCALAR_FUNCTIONS:
+        arithmetic = {**ops.SCALAR_FUNCTIONS, **ops.PRODUCT_FUNCTIONS, **ops.SUB_FUNCTIONS}
+        if node.target in (ops.PRODUCT_METHODS | ops.SUB_METHODS if node.op == "call_method" else arithmetic):
             return stream if len(node.all_input_nodes) == 1 else None
         if node.target is operator.getitem:
             index = None if stream.flat else ops.whole_batch_index(node, stream.ndim)

@@ -26,7 +26,7 @@ def outputs(module: Any) -> int:
 def _convolution(walk: _Walk, node: fx.Node) -> Value | None:
     name = str(node.target)
     module = walk.modules[name]
-    output = walk.produce(node, name)
+    output = walk.produce(name)
     if module.groups > 1:
         walk.groups[name] = module.groups
     if len(walk.shapes[node]) != len(module.kernel_size) + 2:

@@ -373,16 +373,18 @@ def _run_and_count(model: nn.Module, inputs: Sequence[torch.Tensor]) -> list[_Co
 
 
 class _Shapes(fx.Interpreter):
-    """Runs a traced graph and notes the shape of every tensor, by node."""
+    """Runs a traced graph and notes the shape of every tensor, and every whole number, by node."""
 
     def __init__(self, model: nn.Module, trace: fx.Graph) -> None:
         super().__init__(model, graph=trace)
-        self.found: dict[fx.Node, torch.Size] = {}
+        self.found: dict[fx.Node, Any] = {}
 
     def run_node(self, node: fx.Node) -> Any:
         result = super().run_node(node)
         if isinstance(result, torch.Tensor):
             self.found[node] = result.shape
+        elif type(result) is int:
+            self.found[node] = result
         return result
 
 
@@ -418,7 +420,7 @@ def _leaving_elsewhere(model: nn.Module, leaving: channels.Channels | None) -> i
         int(leaving.leaving_inputs(name).sum()) * len(list(module.parameters(recurse=False)))
         for name, module in modules.items()
         if not isinstance(module, Counted)
-    )
+    ) + leaving.leaving_parameters(model)
 
 
 def _full_width(module: Counted) -> _Width:

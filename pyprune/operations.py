@@ -109,12 +109,39 @@ CHANNELWISE_FUNCTIONS: dict[Any, str] = {
 
 ADD_FUNCTIONS: dict[Any, str] = {operator.add: "operator.add", operator.iadd: "operator.iadd", torch.add: "torch.add"}
 SCALAR_FUNCTIONS: dict[Any, str] = {
-    operator.mul: "operator.mul", operator.truediv: "operator.truediv", operator.sub: "operator.sub",
-    operator.neg: "operator.neg",
+    operator.neg: "operator.neg", torch.neg: "torch.neg", operator.pow: "operator.pow",
 }  # fmt: skip
 """Channelwise where everything but the first argument is a number."""
 ADD_METHODS = frozenset({"add", "add_"})
-CAT_FUNCTIONS: dict[Any, str] = {torch.cat: "torch.cat", torch.concat: "torch.concat"}
+SUB_FUNCTIONS: dict[Any, str] = {operator.sub: "operator.sub", operator.isub: "operator.isub", torch.sub: "torch.sub"}
+SUB_METHODS = frozenset({"sub", "sub_"})
+MUL_FUNCTIONS: dict[Any, str] = {operator.mul: "operator.mul", operator.imul: "operator.imul", torch.mul: "torch.mul"}
+MUL_METHODS = frozenset({"mul", "mul_"})
+PRODUCT_FUNCTIONS: dict[Any, str] = {
+    **MUL_FUNCTIONS, operator.truediv: "operator.truediv", operator.itruediv: "operator.itruediv",
+    torch.div: "torch.div", torch.maximum: "torch.maximum", torch.minimum: "torch.minimum",
+}  # fmt: skip
+"""Of two tensors entry by entry: the channels of both and of the result go together."""
+PRODUCT_METHODS = MUL_METHODS | {"div", "div_", "maximum", "minimum"}
+COUNT_FUNCTIONS: dict[Any, str] = {operator.floordiv: "operator.floordiv"}
+CAT_FUNCTIONS: dict[Any, str] = {
+    torch.cat: "torch.cat", torch.concat: "torch.concat", torch.concatenate: "torch.concatenate",
+}  # fmt: skip
+SPLIT_FUNCTIONS: dict[Any, str] = {
+    torch.chunk: "torch.chunk", torch.split: "torch.split", torch.tensor_split: "torch.tensor_split",
+}  # fmt: skip
+SPLIT_METHODS = frozenset({"chunk", "split", "tensor_split"})
+SPLIT_NAMES = {"chunk": "chunks", "split": "split_size_or_sections", "tensor_split": "indices_or_sections"}
+VIEW_FUNCTIONS: dict[Any, str] = {
+    **SPLIT_FUNCTIONS, operator.getitem: "operator.getitem", torch.narrow: "torch.narrow",
+    torch.flatten: "torch.flatten", torch.reshape: "torch.reshape", torch.permute: "torch.permute",
+    torch.transpose: "torch.transpose", torch.squeeze: "torch.squeeze", torch.unsqueeze: "torch.unsqueeze",
+}  # fmt: skip
+VIEW_METHODS = SPLIT_METHODS | {
+    "narrow", "view", "reshape", "flatten", "unflatten", "permute", "transpose", "squeeze", "unsqueeze", "expand",
+    "expand_as", "contiguous", "detach", "swapaxes", "movedim",
+}  # fmt: skip
+"""What may yield the memory that it reads."""
 FLATTEN_FUNCTIONS: dict[Any, str] = {torch.flatten: "torch.flatten"}
 MEAN_FUNCTIONS: dict[Any, str] = {torch.mean: "torch.mean"}
 RESHAPE_METHODS = frozenset({"view", "reshape"})

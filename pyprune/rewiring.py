@@ -8,6 +8,7 @@ along the last dimension, where it is up to six times faster and keeps the memor
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import fx
 
 from pyprune import operations as ops
-from pyprune.channels import BoolArray, Channels, Pad, Slice, Sum
+from pyprune.channels import BoolArray, Channels, Pad, Slice, Split, Sum
 from pyprune.types import IntArray
 
 
@@ -45,14 +46,19 @@ class Rewiring:
         self.indices: dict[str, torch.Tensor] = {}
 
     def rewire(self) -> None:
-        """Write anew every sum, padding and slice whose channels leave."""
+        """Write anew every sum, padding, slice and split whose channels leave."""
         nodes = {node.name: node for node in self.graph.nodes}
         for name, pad in self.channels.pads.items():
             self._pad(nodes[name], pad)
         for name, taken in self.channels.slices.items():
             self._slice(nodes[name], taken)
+        for name, split in self.channels.splits.items():
+            self._split(nodes[name], split)
         for name, found in self.channels.sums.items():
             self._sum(nodes[name], found)
+        for node in reversed(self.graph.nodes):  # numbers that nothing needs any more
+            if node.name in self.channels.sizes and not node.users:
+                self.graph.erase_node(node)
 
     def _sum(self, node: fx.Node, found: Sum) -> None:
         left = [self.stays[slots] for slots in found.sides]
@@ -63,6 +69,8 @@ class Rewiring:
         base = 0 if covers[0] or (not covers[1] and left[0].sum() >= left[1].sum()) else 1
         sides: list[Any] = list(node.args)
         with self.graph.inserting_before(node):
+            if found.subtracts:
+                sides[1] = self.graph.call_function(operator.neg, (sides[1],))
             stream = sides[base] if covers[base] else self._grown(node, sides[base], left[base][whole], found.ndim)
             index = self._index(node, "index", np.flatnonzero(left[1 - base][whole]))
             branch, dim = sides[1 - base], 1
@@ -97,12 +105,20 @@ class Rewiring:
             node.replace_all_uses_with(node.all_input_nodes[0])
             self.graph.erase_node(node)
 
+    def _split(self, node: fx.Node, found: Split) -> None:
+        sizes = [int(self.stays[part].sum()) for part in found.parts]
+        if sizes != [len(part) for part in found.parts]:
+            node.op, node.target, node.kwargs = "call_function", torch.split, {}
+            node.args = (node.all_input_nodes[0], sizes, 1)
+
     def _slice(self, node: fx.Node, found: Slice) -> None:
         before = self.stays[found.source]
         left = found.taken[before[found.taken]]
-        if before.all():
+        if before.all() and node.target is operator.getitem:
             node.args = (node.args[0], found.index)  # an ellipsis written out
+        if before.all() and "index_select" not in str(node.target):
             return
+        node.op, node.target, node.kwargs = "call_function", operator.getitem, {}
         places = (np.cumsum(before) - 1)[left]
         steps = np.unique(np.diff(places))
         index = list(found.index)

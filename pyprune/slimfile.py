@@ -125,24 +125,19 @@ CHOICES = frozenset({
 """Every string that a setting or an argument may be."""
 
 FUNCTIONS: dict[Any, str] = {
-    **ops.CHANNELWISE_FUNCTIONS, **ops.SCALAR_FUNCTIONS, **ops.ADD_FUNCTIONS, **ops.CAT_FUNCTIONS,
-    **ops.FLATTEN_FUNCTIONS, **ops.MEAN_FUNCTIONS, **ops.PAD_FUNCTIONS, **ops.INDEX_FUNCTIONS,
-    operator.getitem: "operator.getitem", getattr: "getattr", operator.floordiv: "operator.floordiv",
-    operator.imul: "operator.imul", operator.matmul: "operator.matmul", torch.mul: "torch.mul",
-    torch.sub: "torch.sub", torch.chunk: "torch.chunk", torch.split: "torch.split", torch.stack: "torch.stack",
-    torch.squeeze: "torch.squeeze", torch.unsqueeze: "torch.unsqueeze", torch.permute: "torch.permute",
-    torch.transpose: "torch.transpose", torch.reshape: "torch.reshape", torch.sum: "torch.sum",
+    **ops.CHANNELWISE_FUNCTIONS, **ops.SCALAR_FUNCTIONS, **ops.ADD_FUNCTIONS, **ops.SUB_FUNCTIONS,
+    **ops.PRODUCT_FUNCTIONS, **ops.COUNT_FUNCTIONS, **ops.CAT_FUNCTIONS, **ops.SPLIT_FUNCTIONS,
+    **ops.VIEW_FUNCTIONS, **ops.FLATTEN_FUNCTIONS, **ops.MEAN_FUNCTIONS, **ops.PAD_FUNCTIONS, **ops.INDEX_FUNCTIONS,
+    getattr: "getattr", operator.matmul: "operator.matmul", torch.stack: "torch.stack", torch.sum: "torch.sum",
     torch.matmul: "torch.matmul", torch.softmax: "torch.softmax", F.softmax: "F.softmax",
     F.log_softmax: "F.log_softmax", torch.log_softmax: "torch.log_softmax",
     F.normalize: "F.normalize", F.pixel_shuffle: "F.pixel_shuffle",
 }  # fmt: skip
 FUNCTION_NAMES = {name: function for function, name in FUNCTIONS.items()}
 METHODS = (
-    ops.ACTIVATION_METHODS | ops.SAME_METHODS | ops.ADD_METHODS | ops.RESHAPE_METHODS
-    | frozenset({
-        "flatten", "mean", "sum", "size", "dim", "chunk", "split", "squeeze", "unsqueeze", "permute", "transpose",
-        "mul", "mul_", "sub", "div", "matmul", "softmax", "log_softmax", "detach", "amax",
-    })
+    ops.ACTIVATION_METHODS | ops.SAME_METHODS | ops.ADD_METHODS | ops.SUB_METHODS | ops.PRODUCT_METHODS
+    | ops.RESHAPE_METHODS | ops.VIEW_METHODS
+    | frozenset({"index_select", "mean", "sum", "size", "dim", "matmul", "softmax", "log_softmax", "amax"})
 )  # fmt: skip
 
 
@@ -162,6 +157,12 @@ class Architecture:
     def indices(self) -> Mapping[str, int]:
         """The index tensors that the operations read, by name, and how long each is."""
         found: Mapping[str, int] = self.content.get("indices", {})
+        return found
+
+    @property
+    def tensors(self) -> Mapping[str, Mapping[str, Any]]:
+        """The parameters and buffers that operations read by themselves, by name: kind, shape and dtype."""
+        found: Mapping[str, Mapping[str, Any]] = self.content.get("tensors", {})
         return found
 
     @property
@@ -186,22 +187,34 @@ def describe(who: str, model: fx.GraphModule) -> Architecture:
             modules[name] = _describe_module(who, name, model.get_submodule(name))
     nodes = [_describe_node(who, node) for node in model.graph.nodes]
     content = {"format": FORMAT, "version": VERSION, "modules": modules, "nodes": nodes}
-    if indices := _describe_indices(who, model):
-        content["indices"] = indices
+    indices, tensors = _describe_tensors(who, model, modules)
+    content |= {"indices": indices} if indices else {}
+    content |= {"tensors": tensors} if tensors else {}
     return check(who, content)
 
 
-def _describe_indices(who: str, model: fx.GraphModule) -> dict[str, int]:
-    """Return the index tensors that indexed additions and selections read, and how long each is."""
-    found: dict[str, int] = {}
+def _describe_tensors(
+    who: str, model: fx.GraphModule, modules: Mapping[str, Any]
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Return the index tensors that operations read, each with its length, and the other tensors that they read."""
+    indices: dict[str, int] = {}
+    tensors: dict[str, Any] = {}
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     for node in model.graph.nodes:
-        if node.op == "get_attr":
-            name = str(node.target)
-            index = dict(model.named_buffers(recurse=False)).get(name)
-            if index is None or index.dtype != torch.int64 or index.ndim != 1 or not len(index):
-                raise ValueError(f"{who}: {node.name} reads {name} directly, which the slim format does not hold.")
-            found[name] = len(index)
-    return found
+        if node.op != "get_attr":
+            continue
+        name = str(node.target)
+        tensor = parameters.get(name, buffers.get(name))
+        dtype = str(getattr(tensor, "dtype", "")).removeprefix("torch.")
+        if tensor is None or dtype not in CODES or name.rpartition(".")[0] in modules:
+            raise ValueError(f"{who}: {node.name} reads {name} directly, which the slim format does not hold.")
+        indexes = all(user.target in ops.INDEX_FUNCTIONS and user.args[2] is node for user in node.users)
+        if indexes and dtype == "int64" and tensor.ndim == 1:
+            indices[name] = len(tensor)
+        else:
+            kind = "parameter" if name in parameters else "buffer"
+            tensors[name] = {"kind": kind, "shape": list(tensor.shape), "dtype": dtype}
+    return indices, tensors
 
 
 def _describe_module(who: str, name: str, module: Any) -> dict[str, Any]:
@@ -276,10 +289,12 @@ def check(who: str, content: Mapping[str, Any]) -> Architecture:
         If anything in it is not what the format allows.
     """
     modules, nodes, indices = content.get("modules"), content.get("nodes"), content.get("indices", {})
-    known = set(content) - {"indices"} == {"format", "version", "modules", "nodes"}
-    if not known or not isinstance(modules, dict) or not isinstance(indices, dict):
+    tensors = content.get("tensors", {})
+    known = set(content) - {"indices", "tensors"} == {"format", "version", "modules", "nodes"}
+    if not known or not (isinstance(modules, dict) and isinstance(indices, dict) and isinstance(tensors, dict)):
         raise ValueError(
-            f"{who}: the architecture must hold format, version, modules, nodes, perhaps indices, and nothing else."
+            f"{who}: the architecture must hold format, version, modules, nodes, perhaps indices and tensors, and "
+            "nothing else."
         )
     if not isinstance(nodes, list) or not 1 <= len(nodes) <= MAX_NODES or len(modules) > MAX_MODULES:
         raise ValueError(f"{who}: the architecture must have 1 to {MAX_NODES} nodes and at most {MAX_MODULES} modules.")
@@ -294,10 +309,12 @@ def check(who: str, content: Mapping[str, Any]) -> Architecture:
             raise ValueError(
                 f"{who}: the index {name!r} must have a length from 1 to {MAX_COUNT}; got {str(size)[:80]}."
             )
+    for name, tensor in tensors.items():
+        _check_tensor(who, name, tensor, [*modules, *indices, *tensors])
     seen: set[str] = set()
     for i, node in enumerate(nodes):
-        _check_node(who, node, seen, modules, indices, last=i == len(nodes) - 1)
-    _check_uses(who, nodes, indices)
+        _check_node(who, node, seen, modules, {*indices, *tensors}, last=i == len(nodes) - 1)
+    _check_uses(who, nodes, indices, tensors)
     inputs = [node["target"] for node in nodes if node["op"] == "placeholder"]
     others = seen - {node["name"] for node in nodes if node["op"] == "placeholder"}
     if len(set(inputs)) != len(inputs) or others & set(inputs) or _RESERVED & set(inputs):
@@ -305,11 +322,31 @@ def check(who: str, content: Mapping[str, Any]) -> Architecture:
     return Architecture(content)
 
 
-def _check_uses(who: str, nodes: list[Any], names: Mapping[str, Any]) -> None:
+def _check_tensor(who: str, name: str, tensor: Any, taken: list[str]) -> None:
+    """Refuse a parameter or buffer outside of layers whose name, kind, shape or dtype cannot be."""
+    _check_path(who, name, [path for path in taken if path != name])
+    under = any(path.startswith(f"{name}.") for path in taken)
+    if taken.count(name) > 1 or under or name.rpartition(".")[2][0].isdigit():
+        raise ValueError(f"{who}: the tensor name {name!r} is taken or no variable.")
+    if not isinstance(tensor, dict) or set(tensor) != {"kind", "shape", "dtype"}:
+        raise ValueError(f"{who}: the tensor {name!r} must have a kind, a shape and a dtype.")
+    kind, shape, dtype = tensor["kind"], tensor["shape"], tensor["dtype"]
+    dtypes: Collection[str] = CODES if kind == "buffer" else DTYPES
+    if kind not in ("parameter", "buffer") or not isinstance(dtype, str) or dtype not in dtypes:
+        raise ValueError(f"{who}: the tensor {name!r} is a {str(kind)[:40]!r} of {str(dtype)[:40]!r}, which it cannot.")
+    sizes = isinstance(shape, list) and len(shape) <= 8 and all(_is_whole(one, 1) for one in shape)
+    if not sizes or math.prod(shape) > MAX_NUMBER:
+        raise ValueError(f"{who}: the tensor {name!r} has the shape {str(shape)[:80]}, which it cannot.")
+
+
+def _check_uses(who: str, nodes: list[Any], names: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
     """Refuse an index that is read by anything but an indexed operation, and an indexed operation without one."""
-    if unread := set(names) - {node["target"] for node in nodes if node["op"] == "get_attr"}:
+    read = {node["target"] for node in nodes if node["op"] == "get_attr"}
+    if unread := set(names) - read:
         raise ValueError(f"{who}: the index {min(unread)!r} is read by nothing.")
-    indices = [{"node": node["name"]} for node in nodes if node["op"] == "get_attr"]
+    if unread := set(tensors) - read:
+        raise ValueError(f"{who}: the tensor {min(unread)!r} is read by nothing.")
+    indices = [{"node": node["name"]} for node in nodes if node["op"] == "get_attr" and node["target"] in names]
     for node in nodes:
         indexes = node["op"] == "call_function" and node["target"] in _INDEXED
         if indexes and node["args"][2] not in indices:
@@ -326,7 +363,7 @@ def _parts(value: Any) -> list[Any]:
     return [part for item in value for part in _parts(item)] if isinstance(value, list) else []
 
 
-def _check_path(who: str, path: str, modules: Mapping[str, Any]) -> None:
+def _check_path(who: str, path: str, modules: Collection[str]) -> None:
     parts = path.split(".")
     if len(parts) > MAX_DEPTH:
         raise ValueError(f"{who}: the module name {path[:140]!r} is nested too deep.")
@@ -400,7 +437,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 
 
 def _check_node(
-    who: str, node: Any, seen: set[str], modules: Mapping[str, Any], indices: Mapping[str, Any], last: bool
+    who: str, node: Any, seen: set[str], modules: Mapping[str, Any], tensors: Collection[str], last: bool
 ) -> None:
     if not isinstance(node, dict) or not {"name", "op", "args", "kwargs"} <= set(node) <= {
         "name", "op", "target", "args", "kwargs",
@@ -414,7 +451,7 @@ def _check_node(
         raise ValueError(f"{who}: the node name {name!r} is taken or no variable.")
     targets: dict[str, Collection[str]] = {
         "placeholder": (target,), "call_module": modules, "call_function": FUNCTION_NAMES, "call_method": METHODS,
-        "get_attr": indices, "output": () if "target" in node else (target,),
+        "get_attr": tensors, "output": () if "target" in node else (target,),
     }  # fmt: skip
     if target not in targets.get(op, ()) or last != (op == "output"):
         raise ValueError(f"{who}: the node {name!r} has op {op[:40]!r} with target {target[:140]!r}, which it cannot.")
@@ -449,7 +486,7 @@ def _fits(op: str, target: str, args: list[Any], kwargs: dict[str, Any]) -> bool
 
 _INFIX = frozenset({
     "operator.add", "operator.sub", "operator.mul", "operator.truediv", "operator.floordiv", "operator.matmul",
-    "operator.iadd", "operator.imul", "operator.getitem",
+    "operator.iadd", "operator.imul", "operator.isub", "operator.itruediv", "operator.pow", "operator.getitem",
 })  # fmt: skip
 _INDEXED = {"torch.index_add": 4, "torch.index_select": 3}
 _RESERVED = frozenset({"self", "torch", "F", "nn", "operator", "getattr", "slice", "Path", "load_file", "device"})
@@ -496,6 +533,9 @@ def build(who: str, architecture: Architecture) -> fx.GraphModule:
         parts[name] = _built(who, name, module)
     for name, size in architecture.indices.items():
         parts[name] = torch.empty(size, dtype=torch.int64, device="meta")
+    for name, tensor in architecture.tensors.items():
+        made = torch.empty(tensor["shape"], dtype=DTYPES.get(tensor["dtype"], torch.int64), device="meta")
+        parts[name] = nn.Parameter(made) if tensor["kind"] == "parameter" else made
     try:
         graph = _graph(architecture)
         code = graph.python_code("self")
@@ -556,6 +596,8 @@ class _Counts:
             known = ops.CHANNELWISE | ops.NORMS | ops.GROUP_NORMS | ops.MIXING_NORMS
             spatial = source is not None and ops.pads_space(module, source[1])
             return source if type(module) in known or spatial else None
+        if node.target in ops.CAT_FUNCTIONS:
+            return self._cat(node)
         if source is None or node.op not in ("call_function", "call_method"):
             return None
         count, ndim = source
@@ -568,8 +610,19 @@ class _Counts:
             index = ops.whole_batch_index(node, ndim)
             return None if index is None else (len(range(count)[index[1]]), ndim)
         same = ops.ACTIVATION_METHODS | ops.SAME_METHODS | ops.ADD_METHODS | {"permute"}
-        functions = {**ops.CHANNELWISE_FUNCTIONS, **ops.SCALAR_FUNCTIONS, **ops.ADD_FUNCTIONS, **ops.INDEX_FUNCTIONS}
+        functions = {
+            **ops.CHANNELWISE_FUNCTIONS, **ops.SCALAR_FUNCTIONS, **ops.ADD_FUNCTIONS, **ops.SUB_FUNCTIONS,
+            **ops.INDEX_FUNCTIONS,
+        }  # fmt: skip
         return source if node.target in (same if node.op == "call_method" else functions) else None
+
+    def _cat(self, node: fx.Node) -> tuple[int, int] | None:
+        tensors: Any = node.args[0] if node.args else None
+        found = [self.found.get(one) for one in tensors] if isinstance(tensors, (list, tuple)) else []
+        counts = [one for one in found if one is not None]
+        if not counts or len(counts) != len(found) or ops.argument(node, 1, "dim", 0) != 1:
+            return None
+        return sum(count for count, _ in counts), counts[0][1]
 
 
 def _graph(architecture: Architecture) -> fx.Graph:

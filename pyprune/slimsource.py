@@ -16,7 +16,7 @@ from pyprune.slimfile import MODULE_NAMES, MODULES, REQUIRED, Architecture
 _WIDTH = 88
 _INFIX = {
     "operator.add": "+", "operator.sub": "-", "operator.mul": "*", "operator.truediv": "/",
-    "operator.floordiv": "//", "operator.matmul": "@",
+    "operator.floordiv": "//", "operator.matmul": "@", "operator.pow": "**",
 }  # fmt: skip
 _PLAIN_ARGUMENTS: Mapping[str, Any] = {
     "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False, "inplace": False,
@@ -43,7 +43,7 @@ def write_source(who: str, architecture: Architecture) -> str:
     """
     forward = _forward(architecture)
     body = "\n".join(forward)
-    layers = [*_layers(architecture), *_indices(architecture)]
+    layers = [*_layers(architecture), *_indices(architecture), *_tensors(architecture)]
     source = "\n".join([*_head(body, _returns(architecture)), *layers, "", *forward, "", "", *_LOAD, ""])
     graphs.check_source(who, source, _NAMES, _IMPORTS)
     return source
@@ -89,6 +89,10 @@ def _layers(architecture: Architecture) -> list[str]:
         for parent in parents:
             place = place.setdefault(parent, {})
         place[leaf] = _constructor(module)
+    for path in architecture.tensors:
+        place = tree
+        for parent in path.split(".")[:-1]:
+            place = place.setdefault(parent, {})
     lines: list[str] = []
     for name, layer in tree.items():
         if name.isdigit():
@@ -104,6 +108,19 @@ def _indices(architecture: Architecture) -> list[str]:
     for name, size in architecture.indices.items():
         arguments = [f'"{name}"', f"torch.empty({size}, dtype=torch.int64)"]
         lines += _call("        self.register_buffer", arguments, 8)
+    return lines
+
+
+def _tensors(architecture: Architecture) -> list[str]:
+    """Return the lines that make room for the parameters and buffers that operations read by themselves."""
+    lines: list[str] = []
+    for path, tensor in architecture.tensors.items():
+        owner, _, leaf = path.rpartition(".")
+        start = f'        self.get_submodule("{owner}")' if owner else "        self"
+        empty = f"torch.empty({', '.join(map(str, tensor['shape'])) or '()'})"
+        if tensor["kind"] == "parameter":
+            empty = f"nn.Parameter({empty})"
+        lines += _call(f"{start}.register_{tensor['kind']}", [f'"{leaf}"', empty], 8)
     return lines
 
 
@@ -125,6 +142,8 @@ def _assigned(prefix: str, layer: Any, indent: int, suffix: str) -> list[str]:
     space = " " * indent
     if isinstance(layer, tuple):
         return _call(f"{space}{prefix}{layer[0]}", layer[1], indent, suffix)
+    if not layer:
+        return [f"{space}{prefix}nn.ModuleDict(){suffix}"]
     lines = [f"{space}{prefix}nn.ModuleDict(", f"{space}    {{"]
     for name, inner in layer.items():
         lines += _assigned(f'"{name}": ', inner, indent + 8, ",")
@@ -180,18 +199,25 @@ def _forward(architecture: Architecture) -> list[str]:
             inputs.append(f"{node['target']}{kind}{default}")
             continue
         if node["op"] == "get_attr":
-            variables[node["name"]] = f"self.{node['target']}"
+            variables[node["name"]] = _read(node["target"], architecture)
             continue
         if node["op"] == "output":
             lines.append(f"        return {_text(node['args'][0], variables)}")
             continue
         start, arguments = _expression(node, variables)
         first = next(iter(_reads(node["args"][:1])), "")
-        variable = variables[first] if first and uses[first] == 1 else node["name"]
+        reused = variables[first] if first and uses[first] == 1 else ""
+        variable = reused if reused.isidentifier() else node["name"]
         variables[node["name"]] = variable
         start = f"        {variable} = {start}"
         lines += [start] if arguments is None else _call(start, arguments, 8)
     return [*_signature(inputs, _returns(architecture)), *lines]
+
+
+def _read(path: str, architecture: Architecture) -> str:
+    """Return how an operation reads a tensor by itself."""
+    kind = architecture.tensors[path]["kind"] if "." in path else ""
+    return f'self.get_{kind}("{path}")' if kind else f"self.{path}"
 
 
 def _signature(inputs: list[str], returns: str) -> list[str]:
@@ -225,7 +251,8 @@ def _expression(node: Mapping[str, Any], variables: Mapping[str, str]) -> tuple[
     if node["op"] == "call_method":
         return f"{arguments[0]}.{target}", [*arguments[1:], *named]
     if target in _INFIX and len(arguments) == 2 and not named:
-        return f"{arguments[0]} {_INFIX[target]} {arguments[1]}", None
+        space = "" if target == "operator.pow" else " "
+        return f"{arguments[0]}{space}{_INFIX[target]}{space}{arguments[1]}", None
     if target == "operator.neg":
         return f"-{arguments[0]}", None
     if target == "operator.getitem":

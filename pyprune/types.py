@@ -448,7 +448,8 @@ class LayerAnalysis:
     ``kept`` maps a filter that the plan removes and that stays all the same to the reason. ``inputs`` and
     ``inputs_left`` count the input channels before and after, ``parameters`` and ``parameters_left`` the weights
     and biases. ``coupled`` counts the planned filters that ``residual="intersect"`` would keep because another branch
-    keeps the channel, and ``"scatter"`` removes; ``beyond`` lists what a lossy ``"union"`` removes beyond the plan.
+    keeps the channel, and ``"scatter"`` removes; ``beyond`` lists what leaves although the plan keeps it: because
+    nothing needs it any more, or by a lossy ``"union"``.
     """
 
     name: str
@@ -471,7 +472,7 @@ class Analysis:
 
     ``parameters`` and ``parameters_left`` count the whole network, norms included. ``parameters_coupled`` is how many
     more ``residual="intersect"`` keeps than ``"scatter"``, because branches that are added have to keep the same
-    channels.
+    channels. ``lossy`` says whether a union takes more than the plan does, so that the outputs change.
     """
 
     layers: tuple[LayerAnalysis, ...]
@@ -479,11 +480,7 @@ class Analysis:
     parameters_left: int
     residual: str = "scatter"
     parameters_coupled: int = 0
-
-    @property
-    def lossy(self) -> bool:
-        """Whether filters leave that the plan keeps."""
-        return any(layer.beyond for layer in self.layers)
+    lossy: bool = False
 
     FORMAT = "pyprune.analysis"
     VERSION = 1
@@ -513,7 +510,8 @@ class Analysis:
             for why, filters in _grouped(layer.kept).items():
                 lines.append(f"{'':{wide}}  kept {len(filters)} ({_listed(filters)}): {why}")
             if layer.beyond:
-                lines.append(f"{'':{wide}}  removed beyond the plan {len(layer.beyond)} ({_listed(layer.beyond)})")
+                why = "" if self.lossy else ": nothing needs them"
+                lines.append(f"{'':{wide}}  removed beyond the plan {len(layer.beyond)} ({_listed(layer.beyond)}){why}")
         lines.append(f"parameters in all: {self.parameters:,} > {self.parameters_left:,}")
         if coupled := sum(layer.coupled for layer in self.layers):
             lines.append(
@@ -582,11 +580,12 @@ class Compacted:
 
     ``model`` is the slim ``nn.Module``; ``kept`` says for each layer which filters stay against the plan, and why:
     ``{layer: {filter: reason}}``. ``before`` and ``after`` are profiles of the original and the slim network on
-    ``example_inputs``, their latencies measured interleaved. ``residual`` says what happened where branches are added;
-    under ``"union"`` the certificate is about the network masked by the plan and ``beyond``, the filters that left
-    although the plan keeps them: ``{layer: filters}``. ``origins`` says for each parameter of ``model``, by name,
-    which numbers of the original's it holds; parameters that compaction made, biases with folded constants, have none.
-    ``unwrapped`` names what the original was taken out of, outermost first, as ``("DistributedDataParallel",)``.
+    ``example_inputs``, their latencies measured interleaved. ``residual`` says what happened where branches are added.
+    ``beyond`` lists the filters that left although the plan keeps them, ``{layer: filters}``: those that nothing needs
+    any more, and those that a ``"union"`` added to the plan. Then the network is ``lossy``, and the certificate is
+    about the network masked by the plan and ``beyond``. ``origins`` says for each parameter of ``model``, by
+    name, which numbers of the original's it holds; parameters that compaction made, biases with folded constants, have
+    none. ``unwrapped`` names what the original was taken out of, outermost first, as ``("DistributedDataParallel",)``.
     """
 
     model: nn.Module
@@ -600,11 +599,7 @@ class Compacted:
     beyond: Mapping[str, IntArray] = field(default_factory=dict)
     origins: Mapping[str, Origin] = field(default_factory=dict)
     unwrapped: tuple[str, ...] = ()
-
-    @property
-    def lossy(self) -> bool:
-        """Whether filters left that the plan keeps."""
-        return bool(self.beyond)
+    lossy: bool = False
 
     def carry(self, optimizer: Optimizer, model: nn.Module) -> Optimizer:
         """Return an optimizer that goes on training the slim model where ``optimizer`` was with the original.

@@ -281,7 +281,7 @@ def masked(model, plan, slim):
     for name, reasons in slim.kept.items():
         back = [index for index, why in reasons.items() if why.startswith("makes the number of filters")]
         keep[name] = np.union1d(keep[name], back).astype(np.int64)
-    for name, more in slim.beyond.items():
+    for name, more in slim.beyond.items() if slim.lossy else ():
         filters = graph.convolutions(model)[name].out_channels
         keep[name] = np.setdiff1d(keep.get(name, np.arange(filters)), more)
     slices = graph.dead_slices(model, Plan(keep))
@@ -307,4 +307,6 @@ def assert_comes_back(slim, small, x, folder):
     except ValueError as error:
         assert re.match(r"save_slim: .+", str(error)), error  # noqa: PT017
         return
-    assert difference(pp.load_slim(folder)(x.clone()), small(x.clone())) == 0
+    loaded = pp.load_slim(folder)
+    assert same_state(loaded, small.state_dict())
+    assert difference(loaded(x.clone()), small(x.clone())) <= COMPACTED_FLOAT64  # rounding depends on where weights lie
