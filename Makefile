@@ -24,8 +24,11 @@ demo: install  ## Train on real digits, prune, and leave the results in demo-res
 test: install  ## The quick tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-slow: install  ## The slow tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
+slow: install  ## The slow tests, without the sweep over the kernels
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" --ignore=tests/ops
+
+sweep: install  ## Every kernel variant on every family and size, with threads, children and memory: half an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" tests/ops
 
 sanitize: install  ## The tests of the ops under Address-, UndefinedBehavior- and ThreadSanitizer (needs g++ and cmake)
 	for kind in address undefined thread; do PATH=$(abspath $(BIN)):$$PATH tests/sanitize.sh $$kind -q || exit 1; done
