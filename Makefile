@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo-results
 
-.PHONY: help install demo test slow sanitize check lint format wheel smoke bench clean
+.PHONY: help install demo test slow sweep sanitize check lint format wheel smoke bench clean
 
 help:  ## Show these targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/' | expand -t 10

@@ -207,7 +207,8 @@ def test_any_plan_of_a_mobilenet(seed, multiplier, activation):
     slim = assert_exact(model, some(model, seed, share=0.6))
     assert all(
         "groups" in why or "reaches" in why or "constant" in why or "last channel" in why
-        for one in slim.kept.values() for why in one.values()
+        for one in slim.kept.values()
+        for why in one.values()
     )
 
 
