@@ -151,7 +151,8 @@ def _read(who: str, folder: str | os.PathLike[str]) -> tuple[fx.GraphModule, dic
     _check_header(who, place / WEIGHTS, model)
     tensors, metadata = files.read_tensors(who, place / WEIGHTS)
     slimfile.check_indices(who, model, tensors)
-    model.load_state_dict(tensors, assign=True)
+    # Cloned, because in the file's own memory tensors lie where they lie, and alignment changes speed and rounding.
+    model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
     model.eval()
     return model, metadata
 

@@ -28,7 +28,7 @@ _PLAIN_ARGUMENTS: Mapping[str, Any] = {
 _SAME_ALONG_DIMENSIONS = frozenset({"kernel_size", "stride", "padding", "dilation", "output_padding"})
 _NAMES = frozenset({
     "torch", "nn", "F", "operator", "Path", "Any", "load_file", "super", "str", "slice", "getattr", "float", "int",
-    "__file__",
+    "__file__", "dict", "zip", "map",
 })  # fmt: skip
 _IMPORTS = frozenset({"operator", "pathlib", "typing", "torch", "torch.nn.functional", "safetensors.torch"})
 
@@ -55,7 +55,8 @@ def load(folder: str | Path = Path(__file__).parent) -> SlimModel:
     with torch.device("meta"):
         model = SlimModel()
     weights = load_file(Path(folder) / "model.safetensors")
-    model.load_state_dict(weights, assign=True)
+    aligned = dict(zip(weights, map(torch.clone, weights.values()), strict=True))
+    model.load_state_dict(aligned, assign=True)
     return model.eval()
 '''.strip().splitlines()
 
