@@ -283,7 +283,8 @@ def masked(model, plan, slim):
         keep[name] = np.union1d(keep[name], back).astype(np.int64)
     for name, more in slim.beyond.items() if slim.lossy else ():
         filters = graph.convolutions(model)[name].out_channels
-        keep[name] = np.setdiff1d(keep.get(name, np.arange(filters)), more)
+        left = np.setdiff1d(keep.get(name, np.arange(filters)), more)
+        keep[name] = left if len(left) else keep[name]  # all that it keeps is without effect: masked or not
     slices = graph.dead_slices(model, Plan(keep))
     return zeroed(model, slices).eval()
 
