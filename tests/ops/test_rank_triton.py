@@ -1,6 +1,7 @@
 """The Triton kernel: interpreted, compiled for GPUs that are not here, and run on one that is."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -46,12 +47,12 @@ def test_on_a_gpu():
 
 
 COMPILE = """
-    import sys, triton
+    import json, sys, triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from pyprune.ops._triton import rank
 
-    for architecture, dtype, side in eval(sys.argv[1]):
+    for architecture, dtype, side in json.loads(sys.argv[1]):
         B, M, warps = rank.blocking(side)
         kinds = dict.fromkeys(rank._rank_kernel.arg_names, "i32")
         kinds |= {"maps": f"*{dtype}", "ranks": "*i32", "counter": "*i64", "rtol2": "fp64"}
@@ -69,7 +70,7 @@ COMPILE = """
 
 def _compile(targets, folder):
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(COMPILE), repr(targets)],
+        [sys.executable, "-c", textwrap.dedent(COMPILE), json.dumps(targets)],
         env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)},
         capture_output=True, text=True, check=False, timeout=900,
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """The Triton kernel SSIM: interpreted, compiled for GPUs that are not here, and run on one that is."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -46,13 +47,13 @@ def test_on_a_gpu():
 
 
 COMPILE = """
-    import sys, triton
+    import json, sys, triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from pyprune.ops._triton import ssim
 
     names = ssim._ssim_kernel.arg_names
-    for architecture, dtype, matrix in eval(sys.argv[1]):
+    for architecture, dtype, matrix in json.loads(sys.argv[1]):
         kinds = dict.fromkeys(names, "i32")
         kinds |= {"rows": f"*{dtype}", "e_at": "*fp64", "bad_at": "*i64", "psi": "*fp32", "counters": "*i64"}
         kinds |= {"thresholds": "*fp64", "not_finite": "*i64", "sum_scale": "fp64", "unit": "fp64"}
@@ -71,7 +72,7 @@ COMPILE = """
 
 def _compile(targets, folder):
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(COMPILE), repr(targets)],
+        [sys.executable, "-c", textwrap.dedent(COMPILE), json.dumps(targets)],
         env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)},
         capture_output=True, text=True, check=False, timeout=900,
     )  # fmt: skip
