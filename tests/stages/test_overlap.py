@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import operator
-import os
 import signal
 import subprocess
 import sys
@@ -379,7 +378,7 @@ def test_ctrl_c_while_the_caller_ranks_or_waits(monkeypatch, helped):
 
     def slow(*given, **options):
         if not struck:
-            struck.append(os.kill(os.getpid(), signal.SIGINT))
+            struck.append(signal.pthread_kill(main.ident, signal.SIGINT))  # not to a thread that may sleep on
         time.sleep(0.05 if threading.current_thread() is not main else 0)
         return rank(*given, **options)
 
