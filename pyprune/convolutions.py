@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pyprune import files, slimfile
+from pyprune import files, slimreading
 from pyprune.checkpoints import PREFIXES
 from pyprune.types import FloatArray
 
@@ -219,12 +219,4 @@ def _by_number(name: str) -> list[tuple[bool, int, str]]:
 
 
 def _of_slim_folder(who: str, folder: str | os.PathLike[str]) -> tuple[dict[str, Kernels], dict[str, str]]:
-    place = Path(folder)
-    content = files.read_json(who, place / "architecture.json", slimfile.FORMAT, slimfile.VERSION)
-    model = slimfile.build(who, slimfile.check(who, content))
-    tensors, _ = files.read_tensors(who, place / "model.safetensors")
-    try:
-        model.load_state_dict(tensors, assign=True)
-    except RuntimeError:
-        raise ValueError(f"{who}: the architecture and the weights in {place} do not belong together.") from None
-    return _of_module(who, model)
+    return _of_module(who, slimreading.read_slim(who, folder)[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,15 +12,13 @@ import torch
 from torch import fx, nn
 
 import pyprune
-from pyprune import files, measure, resizing, slimfile, slimsource
+from pyprune import files, measure, resizing, slimfile, slimreading, slimsource
+from pyprune.slimreading import ARCHITECTURE, WEIGHTS
 from pyprune.types import Certificate, Compacted, Profile
 from pyprune.wrappers import unwrapped
 
-WEIGHTS = "model.safetensors"
-ARCHITECTURE = "architecture.json"
 SOURCE = "slim_model.py"
 PAGE = "README.md"
-_MOST_TEXT = 4096
 
 
 def save_slim(slim: Compacted, folder: str | os.PathLike[str]) -> Path:
@@ -54,7 +51,7 @@ def save_slim(slim: Compacted, folder: str | os.PathLike[str]) -> Path:
         raise TypeError(f"save_slim: needs what compact returned; got {type(slim).__name__}.")
     architecture = slimfile.describe("save_slim", slim.model)
     weights = {name: one.detach().clone() for name, one in slim.model.state_dict().items()}  # no two share memory
-    _check_shapes("save_slim", weights, architecture)
+    slimreading.check_writable("save_slim", architecture, weights, slim.example_inputs)
     source = slimsource.write_source("save_slim", architecture)
     page = _page(slim)
     place = files.make_folder("save_slim", folder)
@@ -84,7 +81,7 @@ def load_slim(folder: str | os.PathLike[str]) -> nn.Module:
         If a file is missing, truncated, foreign, from a newer pyprune, or holds anything that the format does not
         allow. Names, shapes and types of all tensors are compared before any of them is read.
     """
-    return _read("load_slim", folder)[0]
+    return slimreading.read_slim("load_slim", folder)[0]
 
 
 def load_into(
@@ -131,7 +128,7 @@ def load_into(
     >>> load_into(build(), save_slim(slim, tempfile.mkdtemp()))[2].in_channels
     2
     """
-    slim, metadata = _read("load_into", folder)
+    slim, metadata = slimreading.read_slim("load_into", folder)
     network = unwrapped(model)[0]
     resizing.check_operations("load_into", slim, network)
     inputs = _examples(slim, metadata.get("inputs", ""), example_inputs)
@@ -143,29 +140,15 @@ def load_into(
     return model
 
 
-def _read(who: str, folder: str | os.PathLike[str]) -> tuple[fx.GraphModule, dict[str, str]]:
-    """Return the network of a slim folder, and what the file of its weights says besides."""
-    place = Path(folder)
-    content = files.read_json(who, place / ARCHITECTURE, slimfile.FORMAT, slimfile.VERSION)
-    model = slimfile.build(who, slimfile.check(who, content))
-    _check_header(who, place / WEIGHTS, model)
-    tensors, metadata = files.read_tensors(who, place / WEIGHTS)
-    slimfile.check_indices(who, model, tensors)
-    # Cloned, because in the file's own memory tensors lie where they lie, and alignment changes speed and rounding.
-    model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
-    model.eval()
-    return model, metadata
-
-
 def _metadata(slim: Compacted) -> dict[str, str]:
-    return {"format": "pyprune.slim", "version": "1", "inputs": _record(slim.example_inputs)}
+    return {"format": "pyprune.slim", "version": "1", "inputs": slimreading.record(slim.example_inputs)}
 
 
 def _examples(slim: fx.GraphModule, recorded: str, given: Any) -> tuple[torch.Tensor, ...]:
     """Return what two networks are compared on: what is given, or numbers of the recorded shapes."""
     if given is not None:
         return tuple(one.detach().cpu() for one in measure.as_inputs("load_into", given))
-    shapes = _recorded(recorded)
+    shapes = slimreading.recorded(recorded)
     if not shapes or not resizing.fits_in_memory(slim, shapes):
         raise ValueError(
             "load_into: the folder records no inputs to compare the networks on, or impossible ones. "
@@ -178,61 +161,6 @@ def _examples(slim: fx.GraphModule, recorded: str, given: Any) -> tuple[torch.Te
         else torch.zeros(shape, dtype=dtype)
         for shape, dtype in shapes
     )
-
-
-def _record(inputs: Sequence[torch.Tensor]) -> str:
-    """Return shapes and types of at most two images, as JSON."""
-    images = len(inputs[0])
-    rows = [min(2, images) if len(one) == images else len(one) for one in inputs]
-    return json.dumps(
-        [
-            [[count, *one.shape[1:]], str(one.dtype).removeprefix("torch.")]
-            for count, one in zip(rows, inputs, strict=True)
-        ]
-    )
-
-
-def _recorded(text: str) -> list[tuple[list[int], torch.dtype]]:
-    """Return what :func:`_record` wrote; nothing if it is anything else."""
-    dtypes = {**slimfile.DTYPES, "int64": torch.int64, "int32": torch.int32}
-    try:
-        content = json.loads(text) if len(text) <= _MOST_TEXT else []
-        found = [([*shape], dtypes[word]) for shape, word in content]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return []
-    whole = all(type(size) is int and 0 < size <= slimfile.MAX_COUNT for shape, _ in found for size in shape)
-    return found if whole and all(1 <= len(shape) <= 8 for shape, _ in found) else []
-
-
-def _check_shapes(who: str, weights: dict[str, torch.Tensor], architecture: slimfile.Architecture) -> None:
-    """Raise unless the architecture implies exactly these tensors: a changed layer would not load again."""
-    built = slimfile.build(who, architecture)
-    implied = {name: (one.shape, one.dtype) for name, one in built.state_dict().items()}
-    held = {name: (one.shape, one.dtype) for name, one in weights.items()}
-    if implied != held:
-        odd = sorted(name for name in implied.keys() | held.keys() if implied.get(name) != held.get(name))
-        raise ValueError(f"{who}: {odd[0]!r} is not what its layer's settings imply; the slim format cannot hold it.")
-    slimfile.check_indices(who, built, weights)
-
-
-def _check_header(who: str, path: Path, model: nn.Module) -> None:
-    """Raise unless the file holds exactly the tensors that the architecture implies."""
-    header = {name: entry for name, entry in files.tensor_header(who, path).items() if name != "__metadata__"}
-    needed = {
-        name: (slimfile.CODES[str(one.dtype).removeprefix("torch.")], list(one.shape))
-        for name, one in model.state_dict().items()
-    }
-    odd = sorted(header.keys() ^ needed.keys())
-    if odd:
-        where = "lacks" if odd[0] in needed else "has, and the architecture does not,"
-        raise ValueError(f"{who}: {path} {where} the tensor {odd[0]!r}; the files do not belong together.")
-    for name, (dtype, shape) in needed.items():
-        came = header[name]
-        if (came["dtype"], came["shape"]) != (dtype, shape):
-            raise ValueError(
-                f"{who}: {name!r} must be {dtype} {shape} by the architecture; {path} has {came['dtype']} "
-                f"{came['shape']}. The files do not belong together."
-            )
 
 
 def _page(slim: Compacted) -> str:

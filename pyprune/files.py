@@ -23,6 +23,9 @@ MAX_HEADER_BYTES = 8 << 20
 """Largest safetensors header that is read: the format's own limit of 100 MB invites abuse."""
 
 MAX_JSON_BYTES = 64 << 20
+MAX_CONTAINERS = 1 << 20
+MAX_ITEMS = 4 << 20
+"""Of one JSON file: a file of 64 MB could name 20 million empty lists, which take over a gigabyte."""
 
 _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -130,7 +133,7 @@ def read_bytes(who: str, path: str | os.PathLike[str], limit: int) -> bytes:
 
 
 def parse_json(who: str, data: bytes, source: str) -> dict[str, Any]:
-    """Parse one JSON object, refusing doubled keys, NaN and nesting too deep for the parser.
+    """Parse one JSON object, refusing doubled keys, NaN, infinities and nesting too deep for the parser.
 
     Raises
     ------
@@ -147,8 +150,16 @@ def parse_json(who: str, data: bytes, source: str) -> dict[str, Any]:
     def refuse(constant: str) -> float:
         raise ValueError(f"{constant} is not JSON")
 
+    def finite(text: str) -> float:
+        number = float(text)
+        return number if abs(number) < float("inf") else refuse(text)
+
+    if data.count(b"[") + data.count(b"{") > MAX_CONTAINERS or data.count(b",") > MAX_ITEMS:
+        raise ValueError(
+            f"{who}: {source} must hold at most {MAX_CONTAINERS} lists and objects and {MAX_ITEMS} values; it has more."
+        )
     try:
-        content = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=refuse)
+        content = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{who}: {source} is not readable JSON ({error}). It may be truncated or another kind of file."
@@ -158,15 +169,17 @@ def parse_json(who: str, data: bytes, source: str) -> dict[str, Any]:
     return content
 
 
-def read_json(who: str, path: str | os.PathLike[str], kind: str, version: int) -> dict[str, Any]:
-    """Read a JSON file that says ``"format": kind`` and a version of at most ``version``.
+def read_json(
+    who: str, path: str | os.PathLike[str], kind: str, version: int, limit: int = MAX_JSON_BYTES
+) -> dict[str, Any]:
+    """Read a JSON file of at most ``limit`` bytes that says ``"format": kind`` and a version of at most ``version``.
 
     Raises
     ------
     ValueError
         If it is missing, truncated, of another kind, or from a newer pyprune.
     """
-    content = parse_json(who, read_bytes(who, path, MAX_JSON_BYTES), str(path))
+    content = parse_json(who, read_bytes(who, path, limit), str(path))
     check_format(who, path, content.get("format"), content.get("version"), kind, version)
     return content
 
@@ -197,7 +210,9 @@ def tensor_header(who: str, path: str | os.PathLike[str]) -> dict[str, Any]:
     file = Path(path)
     wrong = f"{who}: {file} is not a valid safetensors file"
     try:
-        size = file.stat().st_size if file.is_file() else -1
+        if not file.is_file():  # opening a pipe would wait for ever
+            raise ValueError(f"{who}: needs a file; there is none at {file}.")
+        size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
@@ -227,9 +242,10 @@ def _check_entry(wrong: str, name: str, entry: object) -> tuple[int, int]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{wrong}: the entry of {name!r} is malformed.")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    counts = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
-    if dtype not in _ITEM_BYTES or len(counts) > 10 or len(counts) - len(shape or ()) != 2:
+    listed = isinstance(shape, list) and isinstance(offsets, list) and len(shape) <= 8 and len(offsets) == 2
+    if not listed or not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         raise ValueError(f"{wrong}: the entry of {name!r} is malformed.")
+    counts = [*shape, *offsets]
     if not all(type(count) is int and 0 <= count < 1 << 48 for count in counts) or max(shape, default=0) >= 1 << 31:
         raise ValueError(f"{wrong}: the entry of {name!r} has an impossible size.")
     needed = _ITEM_BYTES[dtype]

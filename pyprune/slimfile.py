@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +18,15 @@ from torch import fx, nn
 
 from pyprune import graph as graphs
 from pyprune import operations as ops
+from pyprune import slimcalls as calls
+from pyprune.slimcalls import MAX_COUNT, MAX_NUMBER, MAX_SCALE, MAX_SIDE, is_number, is_whole
 
 FORMAT = "pyprune.architecture"
 VERSION = 1
-MAX_NODES = 20_000
-MAX_MODULES = 10_000
+MAX_BYTES = 8 << 20
+MAX_NODES = 8192
+MAX_MODULES = 4096
 MAX_DEPTH = 16
-MAX_COUNT = 1 << 20
-MAX_NUMBER = 1 << 31
 _MAX_ITEMS = 4096
 _NESTING = 6
 
@@ -43,11 +44,13 @@ REQUIRED = object()
 def _conv(dims: int, transposed: bool = False) -> list[_Setting]:
     zero, one = [0] * dims, [1] * dims
     settings: list[_Setting] = [
-        ("in_channels", "count", REQUIRED), ("out_channels", "count", REQUIRED), ("kernel_size", "sizes", REQUIRED),
-        ("stride", "sizes", one), ("padding", "padding", zero), ("dilation", "sizes", one), ("groups", "count", 1),
-        ("bias", "present", True), ("padding_mode", "choice", "zeros"),
+        ("in_channels", "count", REQUIRED), ("out_channels", "count", REQUIRED),
+        ("kernel_size", f"sides {dims}", REQUIRED), ("stride", f"sides {dims}", one),
+        ("padding", f"margins {dims}" if transposed else f"padding {dims}", zero),
+        ("dilation", f"sides {dims}", one), ("groups", "count", 1), ("bias", "present", True),
+        ("padding_mode", "choice", "zeros"),
     ]  # fmt: skip
-    return [*settings, ("output_padding", "sizes", zero)] if transposed else settings
+    return [*settings, ("output_padding", f"margins {dims}", zero)] if transposed else settings
 
 
 _BATCH_NORM: list[_Setting] = [
@@ -114,7 +117,10 @@ MODULES: dict[type, list[_Setting]] = {
     nn.LPPool1d: _LP_POOL, nn.LPPool2d: _LP_POOL, nn.LPPool3d: _LP_POOL,
     **{kind: [("padding", "widths", REQUIRED)] for kind in sorted(ops.PADS, key=lambda kind: kind.__name__)},
     nn.ConstantPad1d: _CONSTANT_PAD, nn.ConstantPad2d: _CONSTANT_PAD, nn.ConstantPad3d: _CONSTANT_PAD,
-    nn.PixelShuffle: [("upscale_factor", "count", REQUIRED)],
+    nn.PixelShuffle: [("upscale_factor", "side", REQUIRED)],
+    nn.PixelUnshuffle: [("downscale_factor", "side", REQUIRED)],
+    nn.ChannelShuffle: [("groups", "count", REQUIRED)],
+    nn.Unflatten: [("dim", "whole", REQUIRED), ("unflattened_size", "split", REQUIRED)],
 }  # fmt: skip
 MODULE_NAMES = {kind.__name__: kind for kind in MODULES}
 
@@ -131,7 +137,9 @@ FUNCTIONS: dict[Any, str] = {
     getattr: "getattr", operator.matmul: "operator.matmul", torch.stack: "torch.stack", torch.sum: "torch.sum",
     torch.matmul: "torch.matmul", torch.softmax: "torch.softmax", F.softmax: "F.softmax",
     F.log_softmax: "F.log_softmax", torch.log_softmax: "torch.log_softmax",
-    F.normalize: "F.normalize", F.pixel_shuffle: "F.pixel_shuffle",
+    F.normalize: "F.normalize", F.layer_norm: "F.layer_norm", F.pixel_shuffle: "F.pixel_shuffle",
+    F.pixel_unshuffle: "F.pixel_unshuffle", torch.channel_shuffle: "torch.channel_shuffle",
+    torch.unflatten: "torch.unflatten", torch.swapaxes: "torch.swapaxes", torch.movedim: "torch.movedim",
 }  # fmt: skip
 FUNCTION_NAMES = {name: function for function, name in FUNCTIONS.items()}
 METHODS = (
@@ -271,6 +279,8 @@ def _encoded(who: str, node: fx.Node, value: Any) -> Any:
         return [_encoded(who, node, item) for item in value]
     if isinstance(value, slice):
         return {"slice": [_encoded(who, node, item) for item in (value.start, value.stop, value.step)]}
+    if value is ...:
+        return {"ellipsis": []}
     if isinstance(value, dict):
         return {"dict": [[key, _encoded(who, node, item)] for key, item in value.items()]}
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -305,28 +315,42 @@ def check(who: str, content: Mapping[str, Any]) -> Architecture:
         _check_path(who, name, {})
         if name in {path.partition(".")[0] for path in modules} or "." in name or name[0].isdigit():
             raise ValueError(f"{who}: the index name {name!r} is taken or no variable.")
-        if not _is_whole(size, 1):
+        if not is_whole(size, 1):
             raise ValueError(
                 f"{who}: the index {name!r} must have a length from 1 to {MAX_COUNT}; got {str(size)[:80]}."
             )
+    taken = [*modules, *indices, *tensors]
+    above = {path.rpartition(".")[0] for path in _with_parents(taken)}
+    if len(indices) + len(tensors) > MAX_MODULES:
+        raise ValueError(f"{who}: the architecture must have at most {MAX_MODULES} tensors.")
     for name, tensor in tensors.items():
-        _check_tensor(who, name, tensor, [*modules, *indices, *tensors])
-    seen: set[str] = set()
+        _check_tensor(who, name, tensor, {*modules, *indices}, above)
+        _check_path(who, name, tensors)
+    kinds: dict[str, calls.Kind] = {}
     for i, node in enumerate(nodes):
-        _check_node(who, node, seen, modules, {*indices, *tensors}, last=i == len(nodes) - 1)
-    _check_uses(who, nodes, indices, tensors)
+        _check_node(who, node, kinds, modules, {*indices, *tensors}, last=i == len(nodes) - 1)
+    _check_uses(who, nodes, modules, indices, tensors)
     inputs = [node["target"] for node in nodes if node["op"] == "placeholder"]
-    others = seen - {node["name"] for node in nodes if node["op"] == "placeholder"}
+    others = kinds.keys() - {node["name"] for node in nodes if node["op"] == "placeholder"}
     if len(set(inputs)) != len(inputs) or others & set(inputs) or _RESERVED & set(inputs):
         raise ValueError(f"{who}: the names of the inputs must be their own; got {inputs[:8]}.")
     return Architecture(content)
 
 
-def _check_tensor(who: str, name: str, tensor: Any, taken: list[str]) -> None:
+def _with_parents(paths: Iterable[str]) -> set[str]:
+    """Return the paths, and all that they lie under."""
+    found: set[str] = set()
+    for path in paths:
+        while path and path not in found:
+            found.add(path)
+            path = path.rpartition(".")[0]
+    return found
+
+
+def _check_tensor(who: str, name: str, tensor: Any, taken: Collection[str], above: Collection[str]) -> None:
     """Refuse a parameter or buffer outside of layers whose name, kind, shape or dtype cannot be."""
-    _check_path(who, name, [path for path in taken if path != name])
-    under = any(path.startswith(f"{name}.") for path in taken)
-    if taken.count(name) > 1 or under or name.rpartition(".")[2][0].isdigit():
+    _check_path(who, name, taken)
+    if name in taken or name in above or name.rpartition(".")[2][0].isdigit():
         raise ValueError(f"{who}: the tensor name {name!r} is taken or no variable.")
     if not isinstance(tensor, dict) or set(tensor) != {"kind", "shape", "dtype"}:
         raise ValueError(f"{who}: the tensor {name!r} must have a kind, a shape and a dtype.")
@@ -334,33 +358,38 @@ def _check_tensor(who: str, name: str, tensor: Any, taken: list[str]) -> None:
     dtypes: Collection[str] = CODES if kind == "buffer" else DTYPES
     if kind not in ("parameter", "buffer") or not isinstance(dtype, str) or dtype not in dtypes:
         raise ValueError(f"{who}: the tensor {name!r} is a {str(kind)[:40]!r} of {str(dtype)[:40]!r}, which it cannot.")
-    sizes = isinstance(shape, list) and len(shape) <= 8 and all(_is_whole(one, 1) for one in shape)
+    sizes = isinstance(shape, list) and len(shape) <= 8 and all(is_whole(one, 1) for one in shape)
     if not sizes or math.prod(shape) > MAX_NUMBER:
         raise ValueError(f"{who}: the tensor {name!r} has the shape {str(shape)[:80]}, which it cannot.")
 
 
-def _check_uses(who: str, nodes: list[Any], names: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
-    """Refuse an index that is read by anything but an indexed operation, and an indexed operation without one."""
+def _check_uses(
+    who: str, nodes: list[Any], modules: Collection[str], names: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> None:
+    """Refuse what nothing uses, an index read by other than indexed operations, and one of those without an index."""
+    if unused := set(modules) - {node["target"] for node in nodes if node["op"] == "call_module"}:
+        raise ValueError(f"{who}: the module {min(unused)!r} is called by nothing.")
     read = {node["target"] for node in nodes if node["op"] == "get_attr"}
     if unread := set(names) - read:
         raise ValueError(f"{who}: the index {min(unread)!r} is read by nothing.")
     if unread := set(tensors) - read:
         raise ValueError(f"{who}: the tensor {min(unread)!r} is read by nothing.")
-    indices = [{"node": node["name"]} for node in nodes if node["op"] == "get_attr" and node["target"] in names]
+    indices = {node["name"] for node in nodes if node["op"] == "get_attr" and node["target"] in names}
     for node in nodes:
         indexes = node["op"] == "call_function" and node["target"] in _INDEXED
-        if indexes and node["args"][2] not in indices:
+        if indexes and node["args"][2]["node"] not in indices:
             raise ValueError(f"{who}: the node {node['name']!r} needs an index as its third argument.")
         others = [arg for i, arg in enumerate(node["args"]) if not (indexes and i == 2)]
-        if any(index in _parts([*others, *node["kwargs"].values()]) for index in indices):
+        if not indices.isdisjoint(_reads([*others, *node["kwargs"].values()])):
             raise ValueError(f"{who}: the node {node['name']!r} reads an index, which only {sorted(_INDEXED)} may.")
 
 
-def _parts(value: Any) -> list[Any]:
-    """Return every dictionary inside an argument."""
+def _reads(value: Any) -> list[str]:
+    """Return the name of every node that an argument reads."""
     if isinstance(value, dict):
-        return [value, *_parts(list(value.values()))]
-    return [part for item in value for part in _parts(item)] if isinstance(value, list) else []
+        inner = next(iter(value.values()))
+        return [inner] if "node" in value else _reads(inner)
+    return [name for item in value for name in _reads(item)] if isinstance(value, list) else []
 
 
 def _check_path(who: str, path: str, modules: Collection[str]) -> None:
@@ -390,45 +419,59 @@ def _check_module(who: str, name: str, module: Any) -> None:
         raise ValueError(f"{who}: {name!r} must have the settings of a {module['type']}: {', '.join(kinds)}.")
     for setting, value in settings.items():
         if not _KINDS[kinds[setting]](value):
-            raise ValueError(f"{who}: {name!r} has {setting} = {str(value)[:80]}, which is no possible value.")
+            raise ValueError(f"{who}: {name!r} has {setting} = {repr(value)[:80]}, which is no possible value.")
 
 
-def _is_whole(value: Any, low: int = -MAX_COUNT, high: int = MAX_COUNT) -> bool:
-    return type(value) is int and low <= value <= high
+def _is_list(value: Any, low: int, high: int = MAX_SIDE, most: int = 8, least: int = 1) -> bool:
+    return isinstance(value, list) and least <= len(value) <= most and all(is_whole(one, low, high) for one in value)
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and abs(value) <= MAX_NUMBER
-
-
-def _is_sizes(value: Any, low: int = 0) -> bool:
-    return isinstance(value, list) and 1 <= len(value) <= 8 and all(_is_whole(one, low) for one in value)
+def _is_side(value: Any, low: int) -> bool:
+    return is_whole(value, low, MAX_SIDE) or _is_list(value, low, most=3)
 
 
 def _is_choice(value: Any) -> bool:
     return isinstance(value, str) and value in CHOICES
 
 
+def _is_output(value: Any) -> bool:
+    listed = isinstance(value, list) and 1 <= len(value) <= 3
+    return all(one is None or is_whole(one, 1, MAX_SIDE) for one in (value if listed else [value]))
+
+
+def _is_scale(value: Any) -> bool:
+    listed = isinstance(value, list) and 1 <= len(value) <= 3
+    return all(is_number(one) and 0 < one <= MAX_SCALE for one in (value if listed else [value]))
+
+
+def _are_sides(dims: int) -> Callable[[Any], bool]:
+    return lambda value: _is_list(value, 1, most=dims, least=dims)
+
+
+def _are_margins(dims: int) -> Callable[[Any], bool]:
+    return lambda value: _is_list(value, 0, most=dims, least=dims)
+
+
+def _are_padding(dims: int) -> Callable[[Any], bool]:
+    return lambda value: _is_list(value, 0, most=dims, least=dims) or value in ("same", "valid")
+
+
 _KINDS: dict[str, Callable[[Any], bool]] = {
-    "count": lambda value: _is_whole(value, 1),
-    "whole": _is_whole,
-    "optional": lambda value: value is None or _is_whole(value),
-    "size": lambda value: value is None or _is_whole(value, 0) or _is_sizes(value),
-    "sizes": _is_sizes,
-    "widths": lambda value: _is_sizes(value, -MAX_COUNT),
-    "padding": lambda value: _is_sizes(value) or value in ("same", "valid"),
-    "output": lambda value: (
-        value is None
-        or _is_whole(value, 1)
-        or (isinstance(value, list) and 1 <= len(value) <= 3 and all(v is None or _is_whole(v, 1) for v in value))
-    ),
-    "scale": lambda value: (
-        value is None
-        or _is_number(value)
-        or (isinstance(value, list) and 1 <= len(value) <= 3 and all(map(_is_number, value)))
-    ),
-    "number": _is_number,
-    "momentum": lambda value: value is None or _is_number(value),
+    "count": lambda value: is_whole(value, 1),
+    "side": lambda value: is_whole(value, 1, MAX_SCALE),
+    "whole": is_whole,
+    "optional": lambda value: value is None or is_whole(value),
+    "size": lambda value: value is None or _is_side(value, 0),
+    "sizes": lambda value: _is_list(value, 1, MAX_COUNT),
+    "split": lambda value: _is_list(value, -1, MAX_COUNT),
+    **{f"sides {dims}": _are_sides(dims) for dims in (1, 2, 3)},
+    **{f"margins {dims}": _are_margins(dims) for dims in (1, 2, 3)},
+    **{f"padding {dims}": _are_padding(dims) for dims in (1, 2, 3)},
+    "widths": lambda value: _is_list(value, -MAX_SIDE),
+    "output": _is_output,
+    "scale": lambda value: value is None or _is_scale(value),
+    "number": is_number,
+    "momentum": lambda value: value is None or is_number(value),
     "flag": lambda value: type(value) is bool,
     "flag or none": lambda value: value is None or type(value) is bool,
     "present": lambda value: type(value) is bool,
@@ -437,7 +480,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 
 
 def _check_node(
-    who: str, node: Any, seen: set[str], modules: Mapping[str, Any], tensors: Collection[str], last: bool
+    who: str, node: Any, kinds: dict[str, calls.Kind], modules: Mapping[str, Any], tensors: Collection[str], last: bool
 ) -> None:
     if not isinstance(node, dict) or not {"name", "op", "args", "kwargs"} <= set(node) <= {
         "name", "op", "target", "args", "kwargs",
@@ -447,7 +490,7 @@ def _check_node(
     if not isinstance(name, str) or not isinstance(op, str) or not isinstance(target, str):
         raise ValueError(f"{who}: the name, op and target of a node must be text.")
     graphs.check_name(who, name)
-    if name in seen or name[0].isdigit() or name in _RESERVED:
+    if name in kinds or name[0].isdigit() or name in _RESERVED:
         raise ValueError(f"{who}: the node name {name!r} is taken or no variable.")
     targets: dict[str, Collection[str]] = {
         "placeholder": (target,), "call_module": modules, "call_function": FUNCTION_NAMES, "call_method": METHODS,
@@ -459,40 +502,41 @@ def _check_node(
         graphs.check_name(who, target)
     if not isinstance(node["args"], list) or not isinstance(node["kwargs"], dict):
         raise ValueError(f"{who}: the arguments of {name!r} are malformed.")
-    if not _fits(op, target, node["args"], node["kwargs"]):
-        raise ValueError(f"{who}: the node {name!r} has arguments that {op} {target!r} cannot take.")
+    if len(node["args"]) > _MAX_ARGUMENTS or len(node["kwargs"]) > _MAX_ARGUMENTS:
+        raise ValueError(f"{who}: the node {name!r} has more than {_MAX_ARGUMENTS} arguments.")
     for key in node["kwargs"]:
         graphs.check_name(who, key)
     for value in [*node["args"], *node["kwargs"].values()]:
-        _check_value(who, name, value, seen, op == "output", 0)
-    seen.add(name)
+        _check_value(who, name, value, kinds, op == "output", 0)
+    kind = _kind(op, target, node["args"], node["kwargs"], kinds)
+    if kind is None:
+        raise ValueError(f"{who}: the node {name!r} has arguments that {op} {target!r} cannot take.")
+    kinds[name] = kind
 
 
-def _fits(op: str, target: str, args: list[Any], kwargs: dict[str, Any]) -> bool:
-    """Say whether an operation can have that many arguments, and its own tensor where it needs one."""
+def _kind(
+    op: str, target: str, args: list[Any], kwargs: dict[str, Any], kinds: Mapping[str, calls.Kind]
+) -> calls.Kind | None:
+    """Return what a node yields, or ``None`` if it cannot take these arguments."""
     if op in ("placeholder", "output", "get_attr"):
-        return not kwargs and len(args) in {"placeholder": (0, 1), "output": (1,), "get_attr": (0,)}[op]
+        most = {"placeholder": 1, "output": 1, "get_attr": 0}[op]
+        fits = not kwargs and (op == "output") <= len(args) <= most
+        return calls.TENSOR if fits and (op != "placeholder" or not _reads(args)) else None
+    if op == "call_module":
+        return calls.fits("module", args, kwargs, kinds)
     if op == "call_function" and target in _INDEXED:
-        tensors = [arg for i, arg in enumerate(args) if i != 1]
-        nodes = all(isinstance(arg, dict) and set(arg) == {"node"} for arg in tensors)
-        return nodes and len(args) == _INDEXED[target] and type(args[1]) is int and 1 <= args[1] <= 4 and not kwargs
-    if len(args) > 64 or len(kwargs) > 64:
-        return False
-    if op == "call_method" or target == "getattr":
-        own = bool(args) and isinstance(args[0], dict) and set(args[0]) == {"node"}
-        return own and (op == "call_method" or (args[1:] == ["shape"] and not kwargs))
-    return target not in _INFIX or (len(args) == 2 and not kwargs)
+        placed = len(args) == _INDEXED[target] and is_whole(args[1], 1, 4) and not kwargs
+        return calls.fits(target, args, kwargs, kinds) if placed else None
+    return calls.fits(f".{target}" if op == "call_method" else target, args, kwargs, kinds)
 
 
-_INFIX = frozenset({
-    "operator.add", "operator.sub", "operator.mul", "operator.truediv", "operator.floordiv", "operator.matmul",
-    "operator.iadd", "operator.imul", "operator.isub", "operator.itruediv", "operator.pow", "operator.getitem",
-})  # fmt: skip
 _INDEXED = {"torch.index_add": 4, "torch.index_select": 3}
+_LENGTHS = {"slice": 3, "ellipsis": 0}
+_MAX_ARGUMENTS = 64
 _RESERVED = frozenset({"self", "torch", "F", "nn", "operator", "getattr", "slice", "Path", "load_file", "device"})
 
 
-def _check_value(who: str, name: str, value: Any, seen: set[str], names: bool, depth: int) -> None:
+def _check_value(who: str, name: str, value: Any, seen: Collection[str], names: bool, depth: int) -> None:
     """Check one argument; ``names`` lets an output's dictionary have any plain name as a key."""
     if depth > _NESTING:
         raise ValueError(f"{who}: the arguments of {name!r} are nested too deep.")
@@ -508,12 +552,12 @@ def _check_value(who: str, name: str, value: Any, seen: set[str], names: bool, d
             for key, _ in inner:
                 graphs.check_name(who, key)
             items = [item for _, item in inner]
-        elif isinstance(inner, list) and (kind == "tuple" or (kind == "slice" and len(inner) == 3)):
+        elif isinstance(inner, list) and (kind == "tuple" or _LENGTHS.get(kind) == len(inner)):
             items = inner
         else:
             raise ValueError(f"{who}: {name!r} has a malformed argument, or one that is not computed before it.")
-    elif not (value is None or type(value) is bool or _is_number(value) or _is_choice(value)):
-        raise ValueError(f"{who}: {name!r} has the argument {str(value)[:80]!r}, which is no possible value.")
+    elif not (value is None or type(value) is bool or is_number(value) or _is_choice(value)):
+        raise ValueError(f"{who}: {name!r} has the argument {repr(value)[:80]}, which is no possible value.")
     if len(items) > _MAX_ITEMS:
         raise ValueError(f"{who}: {name!r} has an argument of more than {_MAX_ITEMS} items.")
     for item in items:
@@ -541,88 +585,38 @@ def build(who: str, architecture: Architecture) -> fx.GraphModule:
         code = graph.python_code("self")
     except Exception as error:
         raise ValueError(f"{who}: the operations do not make a graph ({error}).") from None
-    graphs.check_source(who, code.src, {*code.globals, "getattr", "slice"})
+    graphs.check_source(who, code.src, {*code.globals, "getattr", "slice", "Ellipsis"})
     return fx.GraphModule(parts, graph, "SlimModel")
 
 
-def check_indices(who: str, model: fx.GraphModule, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse index tensors that reach beyond the channels they index, or add to one place twice.
+def check_indices(
+    who: str, model: fx.GraphModule, tensors: Mapping[str, torch.Tensor], found: Mapping[fx.Node, Any]
+) -> None:
+    """Refuse index tensors that reach beyond what they index, or add to one place twice.
 
-    The numbers of channels are followed from the convolutions on; behind an operation that they cannot be followed
-    through, torch's own check when the network runs has to do.
+    Parameters
+    ----------
+    model
+        A built network.
+    tensors
+        Its tensors by name.
+    found
+        What its nodes yield, from :func:`pyprune.slimrun.follow`.
 
     Raises
     ------
     ValueError
-        If an index is out of range, an addition's does not increase strictly, or its length is not its branch's.
+        If an index is out of range, or an addition's does not increase strictly.
     """
-    follow = _Counts(model)
     for node in model.graph.nodes:
         if node.op == "call_function" and node.target in ops.INDEX_FUNCTIONS:
             name = str(node.args[2].target)
-            index, limit = tensors[name], follow.known(node.args[0]) or MAX_COUNT
+            index = tensors[name]
+            limit = found[node.args[0]].shape[node.args[1]] if node.args[0] in found else MAX_COUNT
             if int(index.min()) < 0 or int(index.max()) >= limit:
                 raise ValueError(f"{who}: {name!r} must hold numbers from 0 to {limit - 1}; it reaches beyond.")
-            if node.target is torch.index_add:
-                if not bool((index.diff() > 0).all()):
-                    raise ValueError(f"{who}: {name!r} must increase strictly, since it says where a branch is added.")
-                if (follow.known(node.args[3]) or len(index)) != len(index):
-                    raise ValueError(
-                        f"{who}: {name!r} must have one entry a channel of its branch; it has {len(index)}."
-                    )
-
-
-class _Counts:
-    """How many channels, and dimensions, the results of a built network have, where that can be followed."""
-
-    def __init__(self, model: fx.GraphModule) -> None:
-        self.modules = dict(model.named_modules())
-        self.model = model
-        self.found: dict[fx.Node, tuple[int, int] | None] = {}
-        for node in model.graph.nodes:
-            sources = [self.found[one] for one in node.all_input_nodes if self.found.get(one)]
-            self.found[node] = self._step(node, sources[0] if sources else None)
-
-    def known(self, node: Any) -> int | None:
-        """Return the number of channels of a node's result."""
-        found = self.found[node]
-        return found[0] if found else None
-
-    def _step(self, node: fx.Node, source: tuple[int, int] | None) -> tuple[int, int] | None:
-        if node.op == "call_module":
-            module: Any = self.modules[str(node.target)]
-            if type(module) in ops.CONVOLUTIONS | ops.TRANSPOSED:
-                return module.out_channels, len(module.kernel_size) + 2
-            known = ops.CHANNELWISE | ops.NORMS | ops.GROUP_NORMS | ops.MIXING_NORMS
-            spatial = source is not None and ops.pads_space(module, source[1])
-            return source if type(module) in known or spatial else None
-        if node.target in ops.CAT_FUNCTIONS:
-            return self._cat(node)
-        if source is None or node.op not in ("call_function", "call_method"):
-            return None
-        count, ndim = source
-        if node.target is torch.index_select:
-            return len(getattr(self.model, str(node.args[2].target))), ndim  # type: ignore[union-attr]
-        if node.target in ops.PAD_FUNCTIONS:
-            padding = ops.padding(node, ndim)
-            return None if padding is None else (count + sum(padding.channels), ndim)
-        if node.target is operator.getitem:
-            index = ops.whole_batch_index(node, ndim)
-            return None if index is None else (len(range(count)[index[1]]), ndim)
-        same = ops.ACTIVATION_METHODS | ops.SAME_METHODS | ops.ADD_METHODS | {"permute"}
-        functions = {
-            **ops.CHANNELWISE_FUNCTIONS, **ops.SCALAR_FUNCTIONS, **ops.ADD_FUNCTIONS, **ops.SUB_FUNCTIONS,
-            **ops.INDEX_FUNCTIONS,
-        }  # fmt: skip
-        return source if node.target in (same if node.op == "call_method" else functions) else None
-
-    def _cat(self, node: fx.Node) -> tuple[int, int] | None:
-        tensors: Any = node.args[0] if node.args else None
-        found = [self.found.get(one) for one in tensors] if isinstance(tensors, (list, tuple)) else []
-        counts = [one for one in found if one is not None]
-        if not counts or len(counts) != len(found) or ops.argument(node, 1, "dim", 0) != 1:
-            return None
-        return sum(count for count, _ in counts), counts[0][1]
+            if node.target is torch.index_add and not bool((index.diff() > 0).all()):
+                raise ValueError(f"{who}: {name!r} must increase strictly, since it says where a branch is added.")
 
 
 def _graph(architecture: Architecture) -> fx.Graph:
@@ -661,5 +655,7 @@ def _decoded(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
         return nodes[inner]
     if kind == "dict":
         return {key: _decoded(item, nodes) for key, item in inner}
+    if kind == "ellipsis":
+        return ...
     items = tuple(_decoded(item, nodes) for item in inner)
     return slice(*items) if kind == "slice" else items

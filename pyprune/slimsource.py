@@ -288,6 +288,8 @@ def _text(value: Any, variables: Mapping[str, str]) -> str:
     kind, inner = next(iter(value.items()))
     if kind == "node":
         return variables[inner]
+    if kind == "ellipsis":
+        return "..."
     if kind == "dict":
         return "{" + ", ".join(f"{json.dumps(key)}: {_text(item, variables)}" for key, item in inner) + "}"
     items = [_text(item, variables) for item in inner]

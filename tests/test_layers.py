@@ -14,7 +14,8 @@ BASE = {
     "checkpoints", "convolutions", "hrank",  # what people bring along
     "drawing",  # figures and pages
     "features", "sampling", "aliases", "overlap",  # parts of ranking
-    "clustering", "redundancy_plots", "slimfile", "slimsource", "resizing",  # parts of one stage each
+    "slimfile", "slimcalls", "slimrun", "slimreading", "slimsource",  # the slim folder
+    "clustering", "redundancy_plots", "resizing",  # parts of one stage each
     "optimizers",  # part of what compaction returns
     "benching",  # measures the kernels
 }  # fmt: skip

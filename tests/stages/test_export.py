@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pyprune as pp
-from pyprune import files, graph, slimfile
+from pyprune import files, graph, slimcalls, slimfile
 from pyprune.types import Plan
 
 
@@ -216,7 +216,7 @@ def hooked():
     [
         (lambda s, x: torch.fft.fft(x).real, None, "calls fft_fft, which the slim format does not hold"),
         (lambda s, x: x.cumsum(1), None, "'call_method' with target 'cumsum'"),
-        (lambda s, x: x.mT, None, "cannot take"),
+        (lambda s, x: x.mT, None, "no possible value"),
         (lambda s, x: s.part(x), nn.Bilinear(1, 1, 1), "part is a Bilinear, which the slim format does not hold"),
         (lambda s, x: s.part(x), hooked(), "part has a forward hook, which the slim format does not hold"),
         (lambda s, x: s.part(x)[0], nn.MaxPool2d(1, return_indices=True), "part returns indices, which"),
@@ -313,7 +313,7 @@ HOSTILE = {
     "negative size": (settle(["modules", "0", "settings", "kernel_size"], [-1, 3]), "no possible value"),
     "long size": (settle(["modules", "0", "settings", "kernel_size"], [3] * 9), "no possible value"),
     "overflow": (
-        settle(["modules", "0", "settings"], HUGE), "cannot be a Conv2d|do not belong together|must be F32",
+        settle(["modules", "0", "settings"], HUGE), "no possible value",
     ),
     "infinite": (settle(["modules", "1", "settings", "eps"], 1e999), "not readable JSON"),
     "large number": (settle(["modules", "1", "settings", "eps"], 1e30), "no possible value"),
@@ -339,7 +339,7 @@ HOSTILE = {
     "get_attr": (settle([*NODE, "op"], "get_attr"), "has op 'get_attr'"),
     "function": (call("call_function", "os.system", ["ls"]), "'os.system'"),
     "dunder": (call("call_method", "__reduce__", [{"node": "input_1"}]), "'__reduce__'"),
-    "attribute": (call("call_function", "getattr", [{"node": "input_1"}, "__class__"]), "cannot take"),
+    "attribute": (call("call_function", "getattr", [{"node": "input_1"}, "__class__"]), "no possible value"),
     "method of a number": (call("call_method", "view", [5]), "cannot take"),
     "string argument": (settle([*NODE, "args"], [{"node": "input_1"}, "rm -rf"]), "no possible value"),
     "huge argument": (settle([*NODE, "args"], [1 << 70]), "no possible value"),
@@ -347,7 +347,7 @@ HOSTILE = {
     "odd argument": (settle([*NODE, "args"], [{"lambda": []}]), "malformed argument"),
     "nested argument": (settle([*NODE, "args"], [[[[[[[[[1]]]]]]]]]), "nested too deep"),
     "long argument": (settle([*NODE, "args"], [[1] * 5000]), "more than 4096 items"),
-    "many arguments": (settle([*NODE, "args"], [1] * 65), "cannot take"),
+    "many arguments": (settle([*NODE, "args"], [1] * 65), "more than 64 arguments"),
     "keyword of code": (settle([*NODE, "kwargs"], {"a=1": 1}), "names must be ASCII identifiers"),
     "starred input": (settle(["nodes", 0, "target"], "*args"), "names must be ASCII identifiers"),
     "input self": (settle(["nodes", 0, "target"], "self"), "the names of the inputs must be their own"),
@@ -525,6 +525,10 @@ def test_the_tables_agree():
         table = {"call_module": slimfile.MODULES, "call_function": slimfile.FUNCTIONS, "call_method": slimfile.METHODS}
         assert key in table[op], key
     assert len(slimfile.FUNCTION_NAMES) == len(slimfile.FUNCTIONS)
+    operations = {*slimfile.FUNCTION_NAMES, *(f".{name}" for name in slimfile.METHODS), "module"}
+    assert operations == slimcalls.SIGNATURES.keys()  # what each may be given
+    for signature in slimcalls.SIGNATURES.values():
+        assert {*signature.sorts, signature.rest or "tensor"} <= slimcalls._SORTS.keys()
     for name, function in slimfile.FUNCTION_NAMES.items():
         home, leaf = name.rsplit(".", 1) if "." in name else ("", name)
         owner = {"F": F, "torch": torch, "operator": operator, "": __builtins__}[home]
@@ -638,7 +642,7 @@ def test_indexed_additions_are_not_in_ones_own_forward(tmp_path):
 @pytest.mark.parametrize(
     "text",
     [None, "", "[", "[[[1, 2, 6, 6], \"object\"]]", "[[[2, 2, 6, 6]]]", "[[[1, -2, 6, 6], \"float32\"]]", "{}", "7",
-     "[[[1, 5, 6, 6], \"float32\"]]", "[[[1, 2, 1000000, 1000000], \"float32\"]]", "[" * 4000, "[]",
+     "[[[1, 2, 1000000, 1000000], \"float32\"]]", "[" * 4000, "[]",
      "[[[1e3, 2], \"float32\"]]", "[[\"ab\", \"float32\"]]", "[[[true, 2, 6, 6], [1]]]"],
 )  # fmt: skip
 def test_a_folder_without_usable_examples_needs_some(own, tmp_path, text):
@@ -649,6 +653,12 @@ def test_a_folder_without_usable_examples_needs_some(own, tmp_path, text):
     assert model.stem.out_channels == 8
     pp.load_into(model, place, example_inputs=torch.randn(2, 2, 6, 6))
     assert model.stem.out_channels == 5
+
+
+def test_a_folder_that_records_inputs_it_cannot_take_is_refused(own, tmp_path):
+    place = without_examples(own[1], tmp_path, '[[[1, 5, 6, 6], "float32"]]')
+    with pytest.raises(ValueError, match=r"load_into: the operations do not fit together .*\[1, 5, 6, 6\] \(stem: "):
+        pp.load_into(Own(), place, example_inputs=torch.randn(2, 2, 6, 6))
 
 
 def test_a_foreign_folder_is_refused_by_name(own, tmp_path):

@@ -542,7 +542,7 @@ def test_things_that_are_no_networks(given_: object, message: str) -> None:
 def test_a_slim_folder_whose_files_do_not_belong_together(tmp_path: Path) -> None:
     (tmp_path / "architecture.json").write_bytes((V1 / "slim" / "architecture.json").read_bytes())
     files.write_tensors(tmp_path / "model.safetensors", {"0.weight": torch.zeros(3, 2, 3, 3)}, {})
-    with pytest.raises(ValueError, match=r"architecture and the weights in .* do not belong together"):
+    with pytest.raises(ValueError, match="the files do not belong together"):
         pp.ckrm(tmp_path)
 
 
