@@ -15,18 +15,20 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import fx, nn
 
 from pyprune import graph as graphs
 from pyprune import operations as ops
+from pyprune import views
 from pyprune.types import FloatArray, IntArray
 
 BoolArray = npt.NDArray[np.bool_]
@@ -35,15 +37,25 @@ Residual = Literal["scatter", "intersect", "union"]
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """What lies along the channel dimension of a tensor: [C] slots, and [C] constants (NaN where alive)."""
+    """What lies along the channel dimension ``dim`` of a tensor: [C] slots, and [C] constants (NaN where alive)."""
 
     slots: IntArray
     constants: FloatArray
+    dim: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Rearranged:
+    """A tensor whose channels lie along no single dimension: where its entries lay in that of ``node``."""
+
+    node: fx.Node
+    value: Value
+    places: views.Places
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """Sizes of a tensor, as read by the network: of these dimensions, of which dimension 1 counts channels."""
+    """Sizes of a tensor, as read by the network: of these dimensions, one of which may count channels."""
 
     value: Value
     dims: tuple[int, ...]
@@ -72,7 +84,7 @@ class Weights:
     tensor: torch.Tensor
 
 
-Found = Value | Reading | Count | Parts | Weights | None
+Found = Value | Rearranged | Reading | Count | Parts | Weights | None
 """What a node yields; ``None`` is anything that is not followed."""
 
 
@@ -97,11 +109,26 @@ class Pad:
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """A slice: the slots of the tensor that is sliced, which of them are taken, in order, and the whole index."""
+    """A slice: the slots of the tensor that is sliced, which of them are taken, in order, and the whole index.
+
+    ``base`` names the node that is sliced, if it is not the one before.
+    """
 
     source: IntArray
     taken: IntArray
     index: tuple[slice, ...]
+    base: str = ""
+    dim: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A view with sizes written out: the slots of its result, their dimension, and which dimensions it squeezed."""
+
+    slots: IntArray
+    dim: int
+    sizes: views.Sizes | None
+    squeezed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,10 +153,9 @@ class Channels:
     ``filters`` counts the outputs of each layer that the network calls, and ``first`` is the first slot of each;
     ``inputs`` is what each layer, norm or other sized module reads; ``leaves`` [slots] says which go; ``tied``
     [slots] numbers the classes of slots that leave together, and ``joined`` those that a lossy union may add to a plan;
-    ``flattens`` names the nodes whose literal size must become a flatten; ``sums``, ``pads``, ``slices`` and ``splits``
-    describe the nodes that must be written anew; ``parameters`` are those that the network reads by themselves and that
-    lose entries; ``sizes`` names the nodes that read a number of channels; ``groups`` counts the groups of grouped
-    convolutions before anything leaves.
+    ``flattens`` names the nodes whose literal size must become a flatten; ``sums``, ``pads``, ``slices``, ``splits``
+    and ``views`` describe the nodes that must be written anew; ``parameters`` are those that the network reads by
+    themselves and that lose entries; ``groups`` counts the groups of grouped convolutions before anything leaves.
     """
 
     filters: Mapping[str, int]
@@ -143,8 +169,8 @@ class Channels:
     pads: Mapping[str, Pad]
     slices: Mapping[str, Slice]
     splits: Mapping[str, Split]
+    views: Mapping[str, View]
     parameters: Mapping[str, Sliced]
-    sizes: frozenset[str]
     groups: Mapping[str, int]
     _why: Callable[[int], str]
 
@@ -246,6 +272,7 @@ class _Walk:
     slices: dict[str, Slice] = field(default_factory=dict)
     groups: dict[str, int] = field(default_factory=dict)
     splits: dict[str, Split] = field(default_factory=dict)
+    views: dict[str, View] = field(default_factory=dict)
     parameters: dict[str, Sliced] = field(default_factory=dict)
     whole: set[str] = field(default_factory=set)
     produced: set[str] = field(default_factory=set)
@@ -286,7 +313,23 @@ class _Walk:
             return self.pin_reads(node, f"feeds {_title(node, key)}, which pyprune does not know")
         if view := self.overwritten(node):
             return self.pin_reads(node, f"is overwritten through {view.name}, a view of it")
+        if handler not in _ANYWHERE and any(map(self.is_elsewhere, node.all_input_nodes)):
+            return self.pin_reads(node, f"feeds {_title(node, key)} with its channels not along dimension 1")
         return handler(self, node)
+
+    def is_elsewhere(self, node: fx.Node) -> bool:
+        """Say whether the channels of a tensor lie along another dimension than the first behind the batch."""
+        value = self.values.get(node)
+        return isinstance(value, Rearranged) or (isinstance(value, Value) and value.dim != 1)
+
+    def key(self, node: fx.Node) -> Any:
+        """Return what a node calls: the type of a module, or the function."""
+        return type(self.modules[str(node.target)]) if node.op == "call_module" else node.target
+
+    def known(self, node: fx.Node) -> Any:
+        """Return the number that ``node`` yields, or a tensor without numbers of its shape."""
+        shape = self.shapes.get(node)
+        return torch.empty(shape, device="meta") if isinstance(shape, tuple) else shape
 
     def weights(self, name: str) -> Weights | None:
         """Return a tensor that the network reads by itself."""
@@ -384,8 +427,10 @@ class _Walk:
             elif isinstance(value, Parts):
                 for part in value.parts:
                     self.pin(part, reason)
-            elif isinstance(value, (Value, Reading)):
-                self.pin(value.value if isinstance(value, Reading) else value, reason)
+            elif isinstance(value, Value):
+                self.pin(value, reason)
+            elif isinstance(value, (Reading, Rearranged)):
+                self.pin(value.value, reason)
         return None
 
     def hold(self, by: IntArray, held: IntArray, reason: str) -> None:
@@ -451,8 +496,7 @@ class _Walk:
             self.pin(Value(value.slots[:1], value.constants[:1]), f"is the last channel of {node.name}")
         return Channels(
             self.counts, self.first, self.inputs, leaves, self._classes(self.ties), self._classes(self.joins),
-            frozenset(self.flattens), self.sums, self.pads, self.slices, self.splits, self.parameters,
-            frozenset(node.name for node, value in self.values.items() if isinstance(value, (Reading, Count))),
+            frozenset(self.flattens), self.sums, self.pads, self.slices, self.splits, self.views, self.parameters,
             self.groups, self._explain(origins, through),
         )  # fmt: skip
 
@@ -560,33 +604,42 @@ _HANDLERS: dict[tuple[str, Any], _Handler] = {}
 _PRODUCERS = ops.CONVOLUTIONS | ops.TRANSPOSED | {nn.Linear}
 
 
-def _handles(op: str, *keys: Any) -> Callable[[_Handler], _Handler]:
+_ANYWHERE: set[_Handler] = set()  # those that know what to do with channels along any dimension
+
+
+def _handles(op: str, *keys: Any, anywhere: bool = False) -> Callable[[_Handler], _Handler]:
     def register(handler: _Handler) -> _Handler:
         _HANDLERS.update({(op, key): handler for key in keys})
+        if anywhere:
+            _ANYWHERE.add(handler)
         return handler
 
     return register
 
 
-@_handles("call_module", nn.Linear)
+@_handles("call_module", nn.Linear, anywhere=True)
 def _linear(walk: _Walk, node: fx.Node) -> Value | None:
-    name = str(node.target)
-    output = walk.produce(name)
-    if len(walk.shapes[node]) != 2:
-        walk.pin_reads(node, f"feeds {name} with more than two dimensions")
-        walk.pin(output, "has more than two dimensions")
+    """Mix the entries of the last dimension, which must be the channels."""
+    name, last = str(node.target), len(walk.shapes[node]) - 1
+    output = replace(walk.produce(name), dim=last)
+    value = walk.values.get(_input(node))
+    if last == 0 or isinstance(value, Rearranged) or (isinstance(value, Value) and value.dim != last):
+        walk.pin_reads(node, f"feeds {name} with its channels not along the last dimension")
+        walk.pin(output, "reads another dimension than the channels")
         return None
     walk.consume(node, name, takes_constants=True)
     return output
 
 
-@_handles("call_module", *ops.ACTIVATIONS)
+@_handles("call_module", *ops.ACTIVATIONS, anywhere=True)
 def _activation(walk: _Walk, node: fx.Node) -> Value | None:
     name, value = str(node.target), walk.source(node)
     if value is None:
         return None
     module = walk.modules[name]
     if isinstance(module, nn.PReLU) and module.num_parameters > 1:
+        if value.dim != 1:
+            return walk.pin_reads(node, f"feeds {name} with its channels not along dimension 1")
         if name in walk.fixed:
             walk.pin(value, f"feeds {name}, which {walk.fixed[name]}")
         else:
@@ -597,8 +650,8 @@ def _activation(walk: _Walk, node: fx.Node) -> Value | None:
     return _mapped(walk, node, value, module)
 
 
-@_handles("call_function", *ops.ACTIVATION_FUNCTIONS, *ops.SCALAR_FUNCTIONS)
-@_handles("call_method", *ops.ACTIVATION_METHODS)
+@_handles("call_function", *ops.ACTIVATION_FUNCTIONS, *ops.SCALAR_FUNCTIONS, anywhere=True)
+@_handles("call_method", *ops.ACTIVATION_METHODS, anywhere=True)
 def _activation_function(walk: _Walk, node: fx.Node) -> Value | None:
     value = walk.source(node)
     if value is None or len(node.all_input_nodes) != 1:
@@ -621,7 +674,7 @@ def _mapped(walk: _Walk, node: fx.Node, value: Value, function: Callable[[torch.
     known = ~np.isnan(value.constants)
     constants = np.where(known, found, np.nan)
     walk.pin(value, f"becomes infinite or undefined at {node.name}", known & ~np.isfinite(constants))
-    return _written(walk, node, value, Value(value.slots, constants))
+    return _written(walk, node, value, replace(value, constants=constants))
 
 
 def _written(walk: _Walk, node: fx.Node, value: Value, result: Value) -> Value:
@@ -641,26 +694,98 @@ def _in_place(walk: _Walk, node: fx.Node) -> bool:
 
 @_handles("call_module", *ops.DROPOUTS, *ops.ADAPTIVE_AVG_POOLS, *ops.UPSAMPLES)
 @_handles("call_function", *ops.DROPOUT_FUNCTIONS, *ops.ADAPTIVE_AVG_POOL_FUNCTIONS, *ops.INTERPOLATE_FUNCTIONS)
-@_handles("call_method", *ops.SAME_METHODS)
 def _same(walk: _Walk, node: fx.Node) -> Value | None:
     return walk.only(node)
 
 
-@_handles("call_module", nn.Flatten)
-@_handles("call_function", *ops.FLATTEN_FUNCTIONS)
-@_handles("call_method", "flatten", *ops.RESHAPE_METHODS)
-def _flatten(walk: _Walk, node: fx.Node) -> Value | None:
-    value = walk.source(node)
-    if value is None:
-        return walk.pin_reads(node, f"gives a size to {_title(node, node.target)}")
-    before, after = walk.shapes[_input(node)], walk.shapes[node]
-    if len(after) == 2 and after[0] == before[0] and len(before) > 1 and ops.states_columns(node, after[1]):
+@_handles("call_module", nn.Dropout, nn.AlphaDropout, nn.Identity, anywhere=True)
+@_handles("call_function", F.dropout, F.alpha_dropout, anywhere=True)
+@_handles("call_method", *ops.SAME_METHODS, anywhere=True)
+def _same_entries(walk: _Walk, node: fx.Node) -> Found:
+    found = walk.values.get(_input(node))
+    return found if isinstance(found, Rearranged) and node.target in ops.SAME_METHODS else walk.only(node)
+
+
+@_handles("call_module", *ops.MOVE_MODULES, anywhere=True)
+@_handles("call_function", *ops.MOVE_FUNCTIONS, anywhere=True)
+@_handles("call_method", *ops.MOVE_METHODS, anywhere=True)
+def _view(walk: _Walk, node: fx.Node) -> Found:
+    """Move entries about: find out, on a tensor of their places, where the channels are afterwards."""
+    found, before, after = walk.values.get(_input(node)), walk.shapes.get(_input(node)), walk.shapes.get(node)
+    if not isinstance(found, (Value, Rearranged)) or not isinstance(before, tuple):
+        return walk.pin_reads(node, f"gives a size to {_title(node, walk.key(node))}")
+    start = found.places if isinstance(found, Rearranged) else views.start(before, found.dim)
+    at = found if isinstance(found, Rearranged) else Rearranged(_input(node), found, start)
+    places = views.moved(node, at.places, walk.modules, walk.known)
+    if places is None or tuple(places.entries.shape) != after or not _agrees(walk, node, found, places):
+        return walk.pin_reads(node, f"is reshaped by {_title(node, walk.key(node))}")
+    codes, first = views.combined(at.value.slots, at.value.constants)
+    line = views.along_one_dimension(torch.from_numpy(codes)[places.channels()])
+    if line is None:
+        _keep_counts(walk, node, at.value.slots)
+        return Rearranged(at.node, at.value, places)
+    value = Value(at.value.slots[first[line[1]]], at.value.constants[first[line[1]]], line[0])
+    taken = places.permuted()
+    if isinstance(found, Value) and (taken is None or np.array_equal(taken, np.arange(len(taken)))):
+        _resize(walk, node, found, value)
+        return value
+    _keep_counts(walk, node, at.value.slots)
+    if taken is None:
+        walk.pin(at.value, f"is rearranged by {node.name} together with other dimensions")
+        return value
+    walk.slices[node.name] = Slice(at.value.slots, taken, (slice(None),) * len(after), at.node.name)
+    return value
+
+
+def _agrees(walk: _Walk, node: fx.Node, found: Value | Rearranged, places: views.Places) -> bool:
+    """Say whether the channels of every tensor whose shape a view takes can stay or leave with those of its own."""
+    for other in node.all_input_nodes[1:]:
+        if not isinstance(walk.shapes.get(other), tuple):
+            continue
+        value = walk.values.get(other)
+        if not isinstance(value, Value) or not isinstance(found, Value):
+            return False
+        if value.dim != found.dim or len(value.slots) != len(found.slots):
+            return False
+        walk.tie(value.slots, found.slots, f"reaches {node.name}")
+    return True
+
+
+def _keep_counts(walk: _Walk, node: fx.Node, slots: IntArray, written: Any = None) -> None:
+    """Keep the channels whose number a view reads, unless it is the view's own or ``written`` anew."""
+    for source in node.all_input_nodes[1:]:
+        count = walk.values.get(source)
+        if isinstance(count, Count) and source is not written and not np.array_equal(count.value.slots, slots):
+            walk.pin(count.value, f"has its number of channels read by {count.reader}")
+
+
+def _resize(walk: _Walk, node: fx.Node, before: Value, after: Value) -> None:
+    """Note which size of a view must be written anew: the one that counts channels, unless that is read off."""
+    shape, given = walk.shapes[node], views.sizes(node, walk.modules, len(walk.shapes[node]))
+    widened = "expand" in _name(node) and len(before.slots) == 1 < len(after.slots)
+    if given is None or widened:
+        _keep_counts(walk, node, np.zeros(0, np.int64))
+        kept = views.squeezed(node, before.dim, len(walk.shapes[_input(node)]))
+        if kept is not None and len(before.slots) > 1:
+            walk.views[node.name] = View(after.slots, after.dim, None, kept)
+        return
+    place = after.dim - given.first
+    inside = 0 <= place < len(given.sizes)
+    size = given.sizes[place] if inside else None
+    _keep_counts(walk, node, np.zeros(0, np.int64), size)
+    if isinstance(size, fx.Node) and _is_count(walk, size, before):
+        return
+    whole = after.dim == 1 and len(shape) == 2 and shape[0] == walk.shapes[_input(node)][0]
+    if whole and size != -1:
         walk.flattens.add(node.name)
-    elif not ops.is_flatten(node, walk.modules):
-        key = type(walk.modules[str(node.target)]) if node.op == "call_module" else node.target
-        return walk.pin_reads(node, f"is reshaped by {_title(node, key)}")
-    run = int(np.prod(before[2:], dtype=np.int64))
-    return Value(np.repeat(value.slots, run), np.repeat(value.constants, run))
+    elif inside:
+        walk.views[node.name] = View(after.slots, after.dim, given)
+
+
+def _is_count(walk: _Walk, size: fx.Node, value: Value) -> bool:
+    """Say whether a number is the number of channels of ``value`` as the network reads it, and not computed from it."""
+    count, read = walk.values.get(size), size.target is operator.getitem or size.target == "size"
+    return isinstance(count, Count) and read and np.array_equal(count.value.slots, value.slots)
 
 
 @_handles("call_function", *ops.MEAN_FUNCTIONS)
@@ -672,33 +797,39 @@ def _mean(walk: _Walk, node: fx.Node) -> Value | None:
     return value
 
 
-@_handles("call_function", getattr)
+@_handles("call_function", getattr, anywhere=True)
 def _attribute(walk: _Walk, node: fx.Node) -> Found:
     value = walk.source(node)
-    if node.args[1] not in ("shape", "ndim", "dtype", "device"):
+    sized = isinstance(walk.values.get(_input(node)), Rearranged) and node.args[1] == "shape"
+    if node.args[1] not in ("shape", "ndim", "dtype", "device") or sized:
         return walk.pin_reads(node, f"feeds .{node.args[1]}, which pyprune does not know")
     return _sizes(walk, node, value) if value is not None and node.args[1] == "shape" else None
 
 
-@_handles("call_method", "size", "dim")
+@_handles("call_method", "size", "dim", anywhere=True)
 def _size(walk: _Walk, node: fx.Node) -> Found:
+    if isinstance(walk.values.get(_input(node)), Rearranged):
+        return None if node.target == "dim" else walk.pin_reads(node, f"has its size read by {node.name}")
     value = walk.source(node)
     if value is None or node.target == "dim":
         return None
     dim = ops.argument(node, 1, "dim")
     if dim is None:
         return _sizes(walk, node, value)
-    return Count(value, node.name) if dim % len(walk.shapes[_input(node)]) == 1 else None
+    return Count(value, node.name) if dim % len(walk.shapes[_input(node)]) == value.dim else None
 
 
 def _sizes(walk: _Walk, node: fx.Node, value: Value) -> Reading:
     return Reading(value, tuple(range(len(walk.shapes[_input(node)]))))
 
 
-@_handles("call_function", operator.getitem)
+@_handles("call_function", operator.getitem, anywhere=True)
 def _item(walk: _Walk, node: fx.Node) -> Found:
     value, index = walk.values.get(_input(node)), node.args[1]
     if isinstance(value, Value):
+        ndim = len(walk.shapes[_input(node)])
+        if len(node.all_input_nodes) == 1 and ops.leaves_channels(node, ndim, value.dim):
+            return _view(walk, node)
         return _slice(walk, node, value)
     if not isinstance(value, (Reading, Parts)) or not isinstance(index, (int, slice)) or len(node.all_input_nodes) > 1:
         return walk.pin_reads(node, "feeds an indexing, which pyprune does not know")
@@ -706,15 +837,16 @@ def _item(walk: _Walk, node: fx.Node) -> Found:
         return value.parts[index] if isinstance(index, int) else Parts(value.parts[index])
     dims = value.dims[index]
     if isinstance(dims, int):
-        return Count(value.value, node.name) if dims == 1 else None
-    return Reading(value.value, dims) if 1 in dims else None
+        return Count(value.value, node.name) if dims == value.value.dim else None
+    return Reading(value.value, dims) if value.value.dim in dims else None
 
 
 @_handles("call_function", *ops.COUNT_FUNCTIONS)
 def _counted(walk: _Walk, node: fx.Node) -> Found:
-    """Compute with numbers."""
+    """Compute with numbers, one of which counts channels."""
     counts = [value for value in map(walk.values.get, node.all_input_nodes) if isinstance(value, Count)]
-    if len(counts) == 1 and len(node.all_input_nodes) == 1:
+    numbers = all(isinstance(walk.shapes.get(source), int) for source in node.all_input_nodes)
+    if numbers and counts and all(np.array_equal(one.value.slots, counts[0].value.slots) for one in counts):
         return Count(counts[0].value, node.name)
     return walk.pin_reads(node, f"feeds {_title(node, node.target)}, which pyprune does not know")
 
@@ -722,7 +854,7 @@ def _counted(walk: _Walk, node: fx.Node) -> Found:
 def _slice(walk: _Walk, node: fx.Node, value: Value) -> Value | None:
     """Slice space, as in x[:, :, ::2, ::2], and channels where the bounds are written out."""
     index = ops.whole_batch_index(node, len(walk.shapes[_input(node)]))
-    if index is None or len(node.all_input_nodes) > 1:
+    if index is None or len(node.all_input_nodes) > 1 or value.dim != 1:
         return walk.pin_reads(node, "feeds an indexing, which pyprune does not know")
     taken = np.arange(len(value.slots))[index[1]]
     walk.slices[node.name] = Slice(value.slots, taken, index)
@@ -752,6 +884,8 @@ def _pad(walk: _Walk, node: fx.Node) -> Value | None:
 def _add(walk: _Walk, node: fx.Node) -> Found:
     """Add two tensors channel by channel; adding a number, or a tensor to itself, maps the constants."""
     sources = node.all_input_nodes
+    if any(isinstance(walk.values.get(source), Count) for source in sources):
+        return _counted(walk, node)
     if len(sources) == 1:
         return _alone(walk, node)
     shapes = {walk.shapes.get(source) for source in sources}
@@ -785,15 +919,14 @@ def _add(walk: _Walk, node: fx.Node) -> Found:
 @_handles("call_method", *ops.PRODUCT_METHODS)
 def _product(walk: _Walk, node: fx.Node) -> Found:
     """Multiply, divide or compare two tensors channel by channel."""
+    if any(isinstance(walk.values.get(source), Count) for source in node.all_input_nodes):
+        return _counted(walk, node)
     return _alone(walk, node) if len(node.all_input_nodes) == 1 else _pair(walk, node)
 
 
 def _alone(walk: _Walk, node: fx.Node) -> Found:
     """Combine a tensor with a number or with itself, or a number of channels with a number."""
-    value = walk.values.get(node.all_input_nodes[0])
-    if isinstance(value, Count):
-        return Count(value.value, node.name)
-    return None if value is None else _activation_function(walk, node)
+    return None if walk.values.get(node.all_input_nodes[0]) is None else _activation_function(walk, node)
 
 
 def _pair(walk: _Walk, node: fx.Node) -> Value | None:

@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from pyprune import operations as ops
+from pyprune import views
 from pyprune.types import IntArray, Plan
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -216,6 +217,7 @@ class _Stream:
     owners: tuple[tuple[str, IntArray], ...]  # a layer and, for each channel, its filter there or -1
     ndim: int  # of the tensor; 2 after flattening
     flat: bool = False  # each channel stands for a run of columns of unknown length
+    places: views.Places | None = None  # while views have the channels on several dimensions
 
     def at(self, channels: IntArray) -> _Stream:
         owners = tuple((name, filters[channels]) for name, filters in self.owners)
@@ -250,6 +252,7 @@ class _MaskWalk:
         self.removed |= {name: self._removed(name, kept, stays.get(name, {})) for name, kept in plan.keep.items()}
         self.found: dict[str, dict[int, str]] = defaultdict(dict)
         self.streams: dict[fx.Node, _Stream | None] = {}
+        self.numbers: dict[fx.Node, Any] = {}
         self.norms: dict[str, list[_Stream | None]] = defaultdict(list)
         self.silent = dict(self.removed)  # with the depthwise filters over removed channels
         self.calls: Counter[str] = Counter()
@@ -300,10 +303,15 @@ class _MaskWalk:
         return found
 
     def _step(self, node: fx.Node) -> _Stream | None:
+        self._count(node)
         source = node.args[0] if node.args else node.kwargs.get("input")
         if not isinstance(source, fx.Node) and len(node.all_input_nodes) == 1:  # as in 2 * x
             source = node.all_input_nodes[0]
         stream = self.streams.get(source) if isinstance(source, fx.Node) else None
+        if stream is not None and views.is_view(node, self.modules) and not ops.is_flatten(node, self.modules):
+            return self._view(node, stream)
+        if stream is not None and stream.places is not None:
+            return stream if node.op == "call_method" and node.target in ops.SAME_METHODS else None
         if node.op == "call_module":
             return self._module(str(node.target), node, stream)
         if node.op not in ("call_function", "call_method"):
@@ -326,12 +334,45 @@ class _MaskWalk:
         if node.target is operator.getitem:
             index = None if stream.flat else ops.whole_batch_index(node, stream.ndim)
             return None if index is None else stream.at(np.arange(len(stream.dead))[index[1]])
+        if node.target in {**ops.PIXEL_SHUFFLE_FUNCTIONS, **ops.PIXEL_UNSHUFFLE_FUNCTIONS}:
+            factor = next((one for one in (*node.args[1:], *node.kwargs.values()) if isinstance(one, int)), 0)
+            shuffles = node.target in ops.PIXEL_SHUFFLE_FUNCTIONS
+            return _shuffled(stream, factor**2, shuffles) if factor and not stream.flat else None
         if node.target in ops.PAD_FUNCTIONS:
             padding = None if stream.flat else ops.padding(node, stream.ndim)
             return None if padding is None or min(padding.channels) < 0 else stream.padded(*padding.channels)
         same = node.target in ops.ACTIVATION_METHODS | ops.SAME_METHODS
         known = same if node.op == "call_method" else node.target in ops.CHANNELWISE_FUNCTIONS
         return stream if known else None
+
+    def _count(self, node: fx.Node) -> None:
+        """Note the numbers that the network reads off sizes: those of a small tensor, whatever the real ones are."""
+        source: Any = node.args[0] if node.args else None
+        stream = self.streams.get(source) if isinstance(source, fx.Node) else None
+        if ops.is_shape(node) or (node.op == "call_method" and node.target == "size"):
+            if stream is not None and not stream.flat and stream.places is None:
+                shape = torch.Size(_small(stream))
+                dim = ops.argument(node, 1, "dim") if node.op == "call_method" else None
+                self.numbers[node] = shape if dim is None else shape[dim]
+        elif node.target in _NUMBER_FUNCTIONS and all(one in self.numbers for one in node.all_input_nodes):
+            function: Any = node.target
+            self.numbers[node] = function(*fx.map_arg(node.args, self.numbers.get))
+
+    def _view(self, node: fx.Node, stream: _Stream) -> _Stream | None:
+        """Return the stream behind a view: a channel shuffle leaves whole channels in another order."""
+        if stream.flat:
+            return None
+        places = stream.places or views.start(_small(stream))
+        places_after = views.moved(node, places, self.modules, self.numbers.get)
+        if places_after is None:
+            return None
+        line = views.along_one_dimension(places_after.channels())
+        if line is None:
+            return replace(stream, places=places_after)
+        dim, channels = line
+        if dim != 1 or len(places.shape) < 2:
+            return None
+        return replace(stream.at(channels), ndim=places_after.entries.ndim, places=None)
 
     def _module(self, name: str, node: fx.Node, stream: _Stream | None) -> _Stream | None:
         module = self.modules[name]
@@ -346,6 +387,9 @@ class _MaskWalk:
             return stream
         if ops.is_flatten(node, self.modules):
             return replace(stream, flat=stream.ndim > 2, ndim=2)
+        if kind in (nn.PixelShuffle, nn.PixelUnshuffle) and not stream.flat:
+            factor = module.upscale_factor if kind is nn.PixelShuffle else module.downscale_factor
+            return _shuffled(stream, factor**2, kind is nn.PixelShuffle)
         if kind in ops.NORMS:
             return self._norm(name, module, stream) if stream.dead.any() else stream
         if kind in ops.GROUP_NORMS:
@@ -440,6 +484,25 @@ class _MaskWalk:
         parts = [stream.padded(sum(sizes[:i]), sum(sizes[i + 1 :])) for i, stream in enumerate(streams)]
         owners = tuple(owner for part in parts for owner in part.owners)
         return replace(streams[0], dead=np.concatenate([s.dead for s in streams]), owners=owners)
+
+
+def _small(stream: _Stream) -> tuple[int, ...]:
+    """Return the shape of a small tensor with the channels of ``stream``: only how its entries move counts."""
+    return (2, len(stream.dead), *(3, 5, 7)[: stream.ndim - 2])
+
+
+def _shuffled(stream: _Stream, run: int, joins: bool) -> _Stream | None:
+    """Return the stream behind a pixel shuffle, which makes one channel of a ``run`` or, undone, a run of each."""
+    if not joins:
+        return stream.at(np.repeat(np.arange(len(stream.dead)), run))
+    if len(stream.dead) % run:
+        return None
+    owners = tuple((name, filters[i::run]) for name, filters in stream.owners for i in range(run))
+    dead: npt.NDArray[np.bool_] = np.asarray(stream.dead.reshape(-1, run).all(1))
+    return replace(stream, dead=dead, owners=owners)
+
+
+_NUMBER_FUNCTIONS = frozenset({operator.getitem, operator.floordiv, operator.mul, operator.add, operator.sub})
 
 
 def keeps_zeros(module: Any) -> bool:

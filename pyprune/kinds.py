@@ -204,12 +204,12 @@ def _group_norm(walk: _Walk, node: fx.Node) -> Value | None:
     return _silenced(walk, value, whole, reason)
 
 
-@_handles("call_module", *ops.MIXING_NORMS)
+@_handles("call_module", *ops.MIXING_NORMS, anywhere=True)
 def _mixing_norm(walk: _Walk, node: fx.Node) -> Value | None:
     """Refuse what normalises over channels; what normalises positions without a bias leaves zeros alone."""
     name, value = str(node.target), walk.source(node)
     module, kind = walk.modules[name], type(walk.modules[name]).__name__
-    if value is None or not ops.normalises_positions(module, len(walk.shapes[node])):
+    if value is None or value.dim != 1 or not ops.normalises_positions(module, len(walk.shapes[node])):
         return walk.pin_reads(node, f"reaches {name}, a {kind}, which mixes it with other channels")
     if getattr(module, "bias", None) is not None:
         return _silenced(walk, value, np.zeros(len(value.slots), np.bool_), f"reaches {name}, a {kind} with a bias")
@@ -271,6 +271,34 @@ def _pad_module(walk: _Walk, node: fx.Node) -> Value | None:
         other = ~np.isnan(value.constants) & (value.constants != module.value)
         walk.pin(value, f"carries a constant into {name}, which pads with {module.value:g}", other)
     return value
+
+
+@_handles("call_module", nn.PixelShuffle)
+@_handles("call_function", *ops.PIXEL_SHUFFLE_FUNCTIONS)
+def _pixel_shuffle(walk: _Walk, node: fx.Node) -> Value | None:
+    """Make one channel of r * r: they leave together, once all are dead."""
+    value = walk.only(node)
+    if value is None:
+        return None
+    run = len(value.slots) // walk.shapes[node][1]
+    slots, constants = value.slots.reshape(-1, run), value.constants.reshape(-1, run)
+    same = (constants == constants[:, :1]).all(1)
+    walk.pin(value, f"meets other constants at {node.name}", np.repeat(~same, run) & ~np.isnan(value.constants))
+    result = walk.make(node.name, np.where(same, constants[:, 0], np.nan))
+    for column in slots.T:
+        walk.tie(column, result.slots, f"reaches {node.name}")
+    return result
+
+
+@_handles("call_module", nn.PixelUnshuffle)
+@_handles("call_function", *ops.PIXEL_UNSHUFFLE_FUNCTIONS)
+def _pixel_unshuffle(walk: _Walk, node: fx.Node) -> Value | None:
+    """Make r * r channels of each."""
+    value = walk.only(node)
+    if value is None:
+        return None
+    run = walk.shapes[node][1] // len(value.slots)
+    return Value(np.repeat(value.slots, run), np.repeat(value.constants, run))
 
 
 def _option(walk: _Walk, node: fx.Node, name: str, position: int, default: Any) -> Any:

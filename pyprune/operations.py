@@ -142,9 +142,34 @@ VIEW_METHODS = SPLIT_METHODS | {
     "expand_as", "contiguous", "detach", "swapaxes", "movedim",
 }  # fmt: skip
 """What may yield the memory that it reads."""
+MOVE_FUNCTIONS: dict[Any, str] = {
+    torch.reshape: "torch.reshape", torch.flatten: "torch.flatten", torch.permute: "torch.permute",
+    torch.transpose: "torch.transpose", torch.swapaxes: "torch.swapaxes", torch.movedim: "torch.movedim",
+    torch.squeeze: "torch.squeeze", torch.unsqueeze: "torch.unsqueeze", torch.channel_shuffle: "torch.channel_shuffle",
+}  # fmt: skip
+MOVE_METHODS = frozenset(
+    {
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "permute",
+        "transpose",
+        "swapaxes",
+        "movedim",
+        "squeeze",
+        "unsqueeze",
+        "expand",
+        "expand_as",
+    }
+)
+MOVE_MODULES: frozenset[type] = frozenset({nn.Flatten, nn.Unflatten, nn.ChannelShuffle})
+"""What moves entries about and computes nothing; :mod:`pyprune.views` finds out where to."""
 FLATTEN_FUNCTIONS: dict[Any, str] = {torch.flatten: "torch.flatten"}
 MEAN_FUNCTIONS: dict[Any, str] = {torch.mean: "torch.mean"}
 RESHAPE_METHODS = frozenset({"view", "reshape"})
+PIXEL_SHUFFLE_FUNCTIONS: dict[Any, str] = {torch.pixel_shuffle: "F.pixel_shuffle"}
+PIXEL_UNSHUFFLE_FUNCTIONS: dict[Any, str] = {torch.pixel_unshuffle: "F.pixel_unshuffle"}
 PAD_FUNCTIONS: dict[Any, str] = {F.pad: "F.pad"}
 INDEX_FUNCTIONS: dict[Any, str] = {torch.index_add: "torch.index_add", torch.index_select: "torch.index_select"}
 """What compaction writes where branches have different channels."""
@@ -245,6 +270,18 @@ def whole_batch_index(node: fx.Node, ndim: int) -> tuple[slice, ...] | None:
     if len(items) != ndim or ndim < 2 or not all(_is_literal_slice(item) for item in items):
         return None
     return tuple(items) if items[0] in (slice(None), slice(None, None, 1)) else None
+
+
+def leaves_channels(node: fx.Node, ndim: int, dim: int) -> bool:
+    """Say whether x[...] takes dimension ``dim`` whole: the index is literal, and has None and numbers elsewhere."""
+    index: Any = node.args[1]
+    items = list(index) if isinstance(index, tuple) else [index]
+    if sum(item is ... for item in items) == 1:
+        place = next(i for i, item in enumerate(items) if item is ...)
+        items[place : place + 1] = [slice(None)] * (ndim - sum(item is not None for item in items) + 1)
+    plain = all(item is None or type(item) is int or _is_literal_slice(item) for item in items)
+    taken = [item for item in items if item is not None]
+    return plain and (len(taken) <= dim or taken[dim] in (slice(None), slice(None, None, 1)))
 
 
 def _is_literal_slice(item: Any) -> bool:

@@ -16,7 +16,8 @@ import torch
 from torch import fx
 
 from pyprune import operations as ops
-from pyprune.channels import BoolArray, Channels, Pad, Slice, Split, Sum
+from pyprune import views
+from pyprune.channels import BoolArray, Channels, Pad, Slice, Split, Sum, View
 from pyprune.types import IntArray
 
 
@@ -46,18 +47,21 @@ class Rewiring:
         self.indices: dict[str, torch.Tensor] = {}
 
     def rewire(self) -> None:
-        """Write anew every sum, padding, slice and split whose channels leave."""
+        """Write anew every sum, padding, slice, split and view whose channels leave."""
         nodes = {node.name: node for node in self.graph.nodes}
+        used = {node.name for node in self.graph.nodes if node.users}
         for name, pad in self.channels.pads.items():
-            self._pad(nodes[name], pad)
+            nodes[name] = self._pad(nodes[name], pad)
         for name, taken in self.channels.slices.items():
-            self._slice(nodes[name], taken)
+            nodes[name] = self._slice(nodes[name], taken, nodes.get(taken.base))
         for name, split in self.channels.splits.items():
             self._split(nodes[name], split)
+        for name, view in self.channels.views.items():
+            self._view(nodes[name], view, nodes)
         for name, found in self.channels.sums.items():
             self._sum(nodes[name], found)
-        for node in reversed(self.graph.nodes):  # numbers that nothing needs any more
-            if node.name in self.channels.sizes and not node.users:
+        for node in reversed(self.graph.nodes):  # what nothing needs any more
+            if node.name in used and node.op != "placeholder" and not node.users:
                 self.graph.erase_node(node)
 
     def _sum(self, node: fx.Node, found: Sum) -> None:
@@ -94,16 +98,21 @@ class Rewiring:
         taken = np.where(places, np.cumsum(places) - 1, len(inside))
         return self.graph.call_function(torch.index_select, (wider, 1, self._index(node, "grown", taken)))
 
-    def _pad(self, node: fx.Node, pad: Pad) -> None:
+    def _pad(self, node: fx.Node, pad: Pad) -> fx.Node:
         left = [int(self.stays[slots].sum()) for slots in (pad.before, pad.after)]
         widths = list(ops.argument(node, 1, "pad"))
         widths[2 * (pad.ndim - 2) : 2 * (pad.ndim - 1)] = left
         if any(widths):
             kwargs = {key: value for key, value in node.kwargs.items() if key != "pad"}
             node.args, node.kwargs = (node.all_input_nodes[0], tuple(widths), *node.args[2:]), kwargs
-        else:
-            node.replace_all_uses_with(node.all_input_nodes[0])
-            self.graph.erase_node(node)
+            return node
+        return self._skip(node, node.all_input_nodes[0])
+
+    def _skip(self, node: fx.Node, source: fx.Node) -> fx.Node:
+        """Let what reads ``node`` read ``source``, and return that."""
+        node.replace_all_uses_with(source)
+        self.graph.erase_node(node)
+        return source
 
     def _split(self, node: fx.Node, found: Split) -> None:
         sizes = [int(self.stays[part].sum()) for part in found.parts]
@@ -111,15 +120,31 @@ class Rewiring:
             node.op, node.target, node.kwargs = "call_function", torch.split, {}
             node.args = (node.all_input_nodes[0], sizes, 1)
 
-    def _slice(self, node: fx.Node, found: Slice) -> None:
+    def _view(self, node: fx.Node, view: View, nodes: dict[str, fx.Node]) -> None:
+        left = int(self.stays[view.slots].sum())
+        if view.sizes is not None:
+            sizes: list[Any] = list(fx.map_arg(view.sizes.sizes, lambda one: nodes[one.name]))
+            place = view.dim - view.sizes.first
+            if sizes[place] == -1 or (left == len(view.slots) and not isinstance(sizes[place], fx.Node)):
+                return
+            sizes[place] = left if -1 in sizes else -1
+            views.resized(node, view.sizes, sizes)
+        elif left == 1 and view.squeezed:
+            node.args, node.kwargs = (node.all_input_nodes[0], view.squeezed), {}
+        elif left == 1:
+            self._skip(node, node.all_input_nodes[0])
+
+    def _slice(self, node: fx.Node, found: Slice, base: fx.Node | None) -> fx.Node:
         before = self.stays[found.source]
         left = found.taken[before[found.taken]]
         if before.all() and node.target is operator.getitem:
             node.args = (node.args[0], found.index)  # an ellipsis written out
         if before.all() and "index_select" not in str(node.target):
-            return
-        node.op, node.target, node.kwargs = "call_function", operator.getitem, {}
+            return node
         places = (np.cumsum(before) - 1)[left]
+        if base is not None:
+            return self._permute(node, base, places, int(before.sum()))
+        node.op, node.target, node.kwargs = "call_function", operator.getitem, {}
         steps = np.unique(np.diff(places))
         index = list(found.index)
         if np.array_equal(places, np.arange(before.sum())):
@@ -133,7 +158,19 @@ class Rewiring:
             with self.graph.inserting_after(number):
                 picked = self.graph.call_function(torch.index_select, (node, 1, number))
             node.replace_all_uses_with(picked, delete_user_cb=lambda user: user is not picked)
+            node.args = (node.args[0], tuple(index))
+            return picked
         node.args = (node.args[0], tuple(index))
+        return node
+
+    def _permute(self, node: fx.Node, source: fx.Node, places: IntArray, count: int) -> fx.Node:
+        """Let ``node`` pick channels of ``source``, which has ``count``, instead of viewing it from several sides."""
+        if np.array_equal(places, np.arange(count)):
+            return self._skip(node, source)
+        with self.graph.inserting_before(node):
+            index = self._index(node, "order", places)
+        node.op, node.target, node.args, node.kwargs = "call_function", torch.index_select, (source, 1, index), {}
+        return node
 
     def _index(self, node: fx.Node, word: str, places: IntArray) -> fx.Node:
         """Return a node that reads ``places`` as a tensor."""

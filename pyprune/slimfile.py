@@ -133,13 +133,12 @@ CHOICES = frozenset({
 FUNCTIONS: dict[Any, str] = {
     **ops.CHANNELWISE_FUNCTIONS, **ops.SCALAR_FUNCTIONS, **ops.ADD_FUNCTIONS, **ops.SUB_FUNCTIONS,
     **ops.PRODUCT_FUNCTIONS, **ops.COUNT_FUNCTIONS, **ops.CAT_FUNCTIONS, **ops.SPLIT_FUNCTIONS,
-    **ops.VIEW_FUNCTIONS, **ops.FLATTEN_FUNCTIONS, **ops.MEAN_FUNCTIONS, **ops.PAD_FUNCTIONS, **ops.INDEX_FUNCTIONS,
+    **ops.VIEW_FUNCTIONS, **ops.MOVE_FUNCTIONS, **ops.PIXEL_SHUFFLE_FUNCTIONS, **ops.PIXEL_UNSHUFFLE_FUNCTIONS,
+    **ops.FLATTEN_FUNCTIONS, **ops.MEAN_FUNCTIONS, **ops.PAD_FUNCTIONS, **ops.INDEX_FUNCTIONS,
     getattr: "getattr", operator.matmul: "operator.matmul", torch.stack: "torch.stack", torch.sum: "torch.sum",
     torch.matmul: "torch.matmul", torch.softmax: "torch.softmax", F.softmax: "F.softmax",
     F.log_softmax: "F.log_softmax", torch.log_softmax: "torch.log_softmax",
-    F.normalize: "F.normalize", F.layer_norm: "F.layer_norm", F.pixel_shuffle: "F.pixel_shuffle",
-    F.pixel_unshuffle: "F.pixel_unshuffle", torch.channel_shuffle: "torch.channel_shuffle",
-    torch.unflatten: "torch.unflatten", torch.swapaxes: "torch.swapaxes", torch.movedim: "torch.movedim",
+    F.normalize: "F.normalize", F.layer_norm: "F.layer_norm", torch.unflatten: "torch.unflatten",
 }  # fmt: skip
 FUNCTION_NAMES = {name: function for function, name in FUNCTIONS.items()}
 METHODS = (

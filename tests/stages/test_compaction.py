@@ -278,7 +278,7 @@ REASONS = {
     "shape": (lambda s, x: x / (2 * x.shape[1]), None, "has its number of channels read by mul"),
     "product": (lambda s, x: torch.mul(x, other=x.relu()), None, r"feeds torch\.mul together with another"),
     "average": (lambda s, x: x + x.mean(1, keepdim=True), None, "is averaged with other channels by mean"),
-    "reshape": (lambda s, x: x.view(-1, 2, x.size(2), x.size(3)).view(-1, 4, 6, 6), None, r"is reshaped by \.view\(\)"),
+    "reshape": (lambda s, x: x.transpose(1, 2).reshape(-1, 4, 6, 6), None, "channels not along dimension 1"),
     "group norm": (lambda s, x: s.m(x), nn.GroupNorm(1, 4), "reaches m, a GroupNorm, which mixes it"),
     "no affine": (lambda s, x: s.m(x), nn.BatchNorm2d(4, affine=False), "reaches m, a norm without affine parameters"),
     "padded average": (
@@ -289,7 +289,7 @@ REASONS = {
         lambda s, x: F.max_pool2d(x, 2, return_indices=True)[0], None,
         r"feeds torch\.nn\.functional\.max_pool2d_with_indices",
     ),
-    "linear": (lambda s, x: s.m(x), nn.Linear(6, 6), "feeds m with more than two dimensions"),
+    "linear": (lambda s, x: s.m(x), nn.Linear(6, 6), "feeds m with its channels not along the last dimension"),
     "unfollowed": (lambda s, x: x + torch.ones_like(x), None, r"feeds torch\.ones_like, which pyprune"),
 }  # fmt: skip
 
