@@ -55,7 +55,7 @@ EXACT = {
     "by shape": (lambda s, x: by_shape(x, 2), {}),
     "module": (lambda s, x: s.m(x), {"m": nn.ChannelShuffle(3)}),
     "function": (lambda s, x: F.channel_shuffle(x, 2), {}),
-    "unflatten": (lambda s, x: x.unflatten(1, (2, 3)).swapaxes(1, 2).flatten(1, 2), {}),
+    "unflatten": (lambda s, x: torch.unflatten(x, 1, (2, 3)).swapaxes(1, 2).flatten(1, 2), {}),
     "unflatten module": (lambda s, x: s.m(x).transpose(1, 2).flatten(1, 2), {"m": nn.Unflatten(1, (3, 2))}),
     "both ways": (lambda s, x: x.flatten(2).view(x.size(0), x.size(1), 6, 8), {}),
     "literal both ways": (lambda s, x: x.view(-1, 6, 48).view(-1, 6, 6, 8), {}),
