@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -289,14 +290,47 @@ def profile(
     ValueError
         If the model cannot take the inputs, or the plan is for another model.
     """
+    found = Costs(model, example_inputs).profile(plan)
     inputs = as_inputs("profile", example_inputs)
-    if plan is not None:
-        graph.check_plan("profile", model, plan)
-    counts = _run_and_count(model, inputs)
-    leaving = None if plan is None else _leaving(model, inputs, plan)
-    keep = {} if plan is None else {name: len(kept) for name, kept in plan.keep.items()}
-    found = _summed(model, counts, len(inputs[0]), keep, leaving)
     return replace(found, latency_ms=latencies([model], inputs)[0]) if latency else found
+
+
+class Costs:
+    """A network that was run once, so that it can be counted under any number of plans.
+
+    Parameters
+    ----------
+    model, example_inputs
+        As for :func:`profile`.
+    who
+        Whom messages name.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any, who: str = "profile") -> None:
+        self.model, self.who = model, who
+        self.inputs = as_inputs(who, example_inputs)
+        self._counts = _run_and_count(model, self.inputs, who)
+
+    @cached_property
+    def _traced(self) -> tuple[fx.Graph, dict[fx.Node, Any]]:
+        trace = graph.trace(self.model, self.who)
+        shapes = _Shapes(self.model, trace)
+        with running(self.model) as place, torch.no_grad():
+            shapes.run(*(one.to(place) for one in self.inputs))
+        return trace, shapes.found
+
+    def leaving(self, plan: Plan, residual: channels.Residual = "scatter") -> channels.Channels:
+        """Return which channels leave the network once ``plan`` is carried out."""
+        graph.check_plan(self.who, self.model, plan)
+        trace, shapes = self._traced
+        dead, _ = graph.follow_masks(self.model, plan, trace)
+        return channels.follow(self.model, trace, shapes, dead, residual)
+
+    def profile(self, plan: Plan | None = None, residual: channels.Residual = "scatter") -> Profile:
+        """Return what one image costs, without a latency: now, or once ``plan`` is carried out."""
+        leaving = None if plan is None else self.leaving(plan, residual)
+        keep = {} if plan is None else {name: len(kept) for name, kept in plan.keep.items()}
+        return _summed(self.model, self._counts, len(self.inputs[0]), keep, leaving)
 
 
 def counted(
@@ -347,7 +381,7 @@ def as_inputs(who: str, example_inputs: Any) -> tuple[torch.Tensor, ...]:
     return inputs
 
 
-def _run_and_count(model: nn.Module, inputs: Sequence[torch.Tensor]) -> list[_Count]:
+def _run_and_count(model: nn.Module, inputs: Sequence[torch.Tensor], who: str) -> list[_Count]:
     """Run the model once and return its counted layers in order of definition, with positions per image."""
     images = len(inputs[0])
     positions: dict[nn.Module, int] = {}
@@ -365,7 +399,7 @@ def _run_and_count(model: nn.Module, inputs: Sequence[torch.Tensor]) -> list[_Co
     except Exception as error:
         shapes = ", ".join(str(list(one.shape)) for one in inputs)
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"profile: the model cannot take example_inputs of {shapes} ({reason[0]}).") from None
+        raise ValueError(f"{who}: the model cannot take example_inputs of {shapes} ({reason[0]}).") from None
     finally:
         for handle in handles:
             handle.remove()
@@ -386,16 +420,6 @@ class _Shapes(fx.Interpreter):
         elif type(result) is int:
             self.found[node] = result
         return result
-
-
-def _leaving(model: nn.Module, inputs: Sequence[torch.Tensor], plan: Plan) -> channels.Channels:
-    """Return which channels will leave the network once ``plan`` is carried out."""
-    dead = graph.dead_slices(model, plan, "profile")
-    trace = graph.trace(model, "profile")
-    shapes = _Shapes(model, trace)
-    with running(model) as place, torch.no_grad():
-        shapes.run(*(one.to(place) for one in inputs))
-    return channels.follow(model, trace, shapes.found, dead)
 
 
 def _width(count: _Count, leaving: channels.Channels | None) -> _Width:

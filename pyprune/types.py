@@ -141,7 +141,7 @@ class ClassRanks:
 
 @dataclass(frozen=True)
 class FilterWhy:
-    """Why one filter stays or goes."""
+    """Why one filter stays or goes. ``score`` is what its criterion gave it, higher for those to keep."""
 
     reason: str
     keep: bool
@@ -151,6 +151,7 @@ class FilterWhy:
     silhouette: float | None = None
     avg: float | None = None
     std: float | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True)

@@ -47,3 +47,9 @@ STATISTICS = 1e-12
 CONSTANT_CHANNEL = 1e-9
 """Spread of a channel that does not vary, over max(1, its largest value): float64 sums of up to 1e4 equal terms in
 another order at the border, 1e-16 each; a channel that varies spreads over more than 1e-3."""
+
+CRITERION_FLOAT64 = 1e-12
+"""Norms, distances and statistics of at most a hundred float64 numbers below 10, by two formulas: 1e-15 each."""
+
+QUADRATURE = 1e-7
+"""What numeric integration of a smooth density promises by default is 1.5e-8; a little more for kinks at zero."""

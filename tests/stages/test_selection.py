@@ -17,6 +17,7 @@ from torch import nn
 import pyprune as pp
 from pyprune import clustering, selection
 from pyprune.clustering import Clustering, KMeansOptions, best_k, cluster, k_range, search
+from pyprune.criteria import crank
 from pyprune.types import Region
 from tolerances import HAND_ROUNDED, SILHOUETTE_ROUNDING
 
@@ -58,23 +59,23 @@ def run(R, **options):
 
 
 def test_each_step_by_hand():
-    X = selection.min_max(HAND)
+    X = crank.min_max(HAND)
     np.testing.assert_array_equal(X, HAND / 10)
-    avg, std = selection.average_and_deviation(X)
+    avg, std = crank.average_and_deviation(X)
     np.testing.assert_allclose(avg, HAND_AVG, atol=HAND_ROUNDED)
     np.testing.assert_allclose(std, HAND_STD, atol=HAND_ROUNDED)
-    assert selection.dividing_point(avg, std) == pytest.approx((0.64375, 0.3875))
-    where = selection.regions(avg, std)
+    assert crank.dividing_point(avg, std) == pytest.approx((0.64375, 0.3875))
+    where = crank.regions(avg, std)
     assert [f for f, region in enumerate(where) if region is Region.HIGH_AVG_LOW_STD] == [1, 2, 3, 7]
     assert where[0] is Region.LOW_AVG_LOW_STD
     assert where[4] is Region.LOW_AVG_HIGH_STD
     labels = np.array([3, 0, 0, 0, 1, 1, 2, 0], np.int32)
-    centres = selection.medoids(X, labels)
+    centres = crank.medoids(X, labels)
     assert centres == {0: 2, 1: 4, 2: 6, 3: 0}
-    assert selection.surviving(centres, where) == [0]
+    assert crank.surviving(centres, where) == [0]
     inside = np.array([0.83905, 0.82777, 0.82830, 0.70156])
-    assert selection.mean_silhouette(inside) == pytest.approx(0.79917)
-    assert selection.redundant(inside).tolist() == [True, True, True, False]
+    assert crank.mean_silhouette(inside) == pytest.approx(0.79917)
+    assert crank.redundant(inside).tolist() == [True, True, True, False]
 
 
 def test_the_whole_by_hand():
@@ -104,7 +105,7 @@ def test_members_outside_the_region_go_and_do_not_count():
     # {1, 2, 3, 4} is one cluster by decree; 4 = (10, 6) is too uneven. Inside are 1, 2, 3.
     R = np.array([[0, 0], [10, 10], [10, 9], [9, 10], [10, 6], [0, 10], [10, 0]], np.float64)
     labels = np.array([0, 1, 1, 1, 1, 2, 3], np.int32)
-    why = selection.select_filters(selection.min_max(R), Clustering(4, labels, 0.5))
+    why = crank.select_filters(crank.min_max(R), Clustering(4, labels, 0.5))
     assert why[4].region is Region.HIGH_AVG_HIGH_STD
     assert why[4].reason == "outside HIGH_AVG_LOW_STD"
     inside = [why[f].silhouette for f in (1, 2, 3)]
@@ -155,7 +156,7 @@ def test_equals_an_independent_loop(F, C, seed):
 
 
 def test_every_k_is_scikit_learn_to_the_letter():
-    X = selection.min_max(spread(19, 6, 7))
+    X = crank.min_max(spread(19, 6, 7))
     assert k_range(X) == range(4, 19)
     for K in k_range(X):
         one = cluster(X, K, KMeansOptions())
@@ -168,7 +169,7 @@ def test_every_k_is_scikit_learn_to_the_letter():
 
 def test_processes_do_not_change_the_plan(monkeypatch):
     monkeypatch.setattr(clustering, "CHUNK", 0.02)
-    layers = {str(i): selection.min_max(spread(F, 4, i)) for i, F in enumerate((9, 14, 12))}
+    layers = {str(i): crank.min_max(spread(F, 4, i)) for i, F in enumerate((9, 14, 12))}
     ks = {name: k_range(X) for name, X in layers.items()}
     pids = []
     counted = clustering._run
@@ -211,34 +212,34 @@ def test_the_search_prefers_the_smallest_k_whatever_ends_first(monkeypatch):
 
 def test_constant_columns_become_zero():
     R = np.array([[3.0, 1.0], [3.0, 2.0], [3.0 + 4e-16, 5.0]])
-    np.testing.assert_allclose(selection.min_max(R), [[0, 0], [0, 0.25], [0, 1]])
+    np.testing.assert_allclose(crank.min_max(R), [[0, 0], [0, 0.25], [0, 1]])
 
 
 def test_points_on_the_dividing_lines_lie_outside():
     # AVG mean 0.5 and STD mean 0.5: only the last filter is strictly better on both.
     avg, std = np.array([0, 0.5, 1, 0.5, 1, 0]), np.array([1, 0, 0.5, 1, 0, 0.5])
-    assert [region is Region.HIGH_AVG_LOW_STD for region in selection.regions(avg, std)] == [False] * 4 + [True, False]
+    assert [region is Region.HIGH_AVG_LOW_STD for region in crank.regions(avg, std)] == [False] * 4 + [True, False]
 
 
 def test_medoid_ties_go_to_the_lowest_index():
     X = np.array([[0.1, 0.3], [0.7, 0.2], [0.7, 0.2], [0.7, 0.2], [0.9, 0.9]])
-    assert selection.medoids(X, np.array([0, 0, 0, 0, 1], np.int32)) == {0: 1, 1: 4}
+    assert crank.medoids(X, np.array([0, 0, 0, 0, 1], np.int32)) == {0: 1, 1: 4}
 
 
 def test_equal_silhouettes_are_not_redundant():
     # 0.1 summed eleven times and divided is not 0.1 in floating point, nor is that of every other number.
     for value in (0.1, 0.7, 1 / 3):
         for count in (3, 7, 11, 49):
-            assert not selection.redundant(np.full(count, value)).any()
+            assert not crank.redundant(np.full(count, value)).any()
 
 
 def test_min_keep_refills_by_avg_then_std_then_index():
     avg, std = np.array([0.2, 0.9, 0.9, 0.9, 1.0]), np.array([0.0, 0.4, 0.3, 0.3, 0.9])
     keep = np.zeros(5, np.bool_)
-    assert selection.refill(keep, avg, std, 4).tolist() == [4, 2, 3, 1]
+    assert crank.refill(keep, avg, std, 4).tolist() == [4, 2, 3, 1]
     keep[2] = True
-    assert selection.refill(keep, avg, std, 2).tolist() == [4]
-    assert selection.refill(keep, avg, std, 1).tolist() == []
+    assert crank.refill(keep, avg, std, 2).tolist() == [4]
+    assert crank.refill(keep, avg, std, 1).tolist() == []
     plan = run(HAND, min_keep=4)
     assert plan.keep["0"].tolist() == [1, 2, 3, 7]
     assert plan.why["0"][1].reason == "kept to leave min_keep"
@@ -257,7 +258,7 @@ def test_a_layer_never_ends_empty():
 
 def test_duplicated_rows_bound_k_without_warnings():
     R = np.repeat(spread(6, 3, 8), 3, axis=0)
-    assert k_range(selection.min_max(R)) == range(4, 7)
+    assert k_range(crank.min_max(R)) == range(4, 7)
     plan = run(R)
     assert plan.why["0"].k == 6  # duplicates fall together exactly
     assert plan.why["0"].silhouette == pytest.approx(1)
@@ -359,8 +360,8 @@ def test_hrank_keeps_the_highest_mean_rank():
     for rate, kept in ((0.0, [0, 1, 2, 3, 4]), (0.4, [0, 2, 3]), (0.5, [0, 2, 3]), (0.6, [2, 3]), (0.99, [2])):
         assert pp.select(model, "hrank", ranks=ranks, rates=rate).keep["0"].tolist() == kept
     plan = pp.select(model, "hrank", ranks=ranks, rates=0.6)
-    assert plan.why["0"][2].reason == "mean rank 2.500, among the 2 highest"
-    assert plan.why["0"][0].reason == "mean rank 2.000, below the 2 highest"
+    assert plan.why["0"][2].reason == "mean rank 2.5, among the 2 highest"
+    assert plan.why["0"][0].reason == "mean rank 2, below the 2 highest"
     # 9 images of class 0 and 1 of class 1: means 1.2, 2, 4.5, 0.5, 2
     weighted = pp.select(model, "hrank", ranks=ranks_of(R, counts=[9, 1]), rates=0.4)
     assert weighted.keep["0"].tolist() == [1, 2, 4]
@@ -378,11 +379,11 @@ def test_hrank_ties_survive_rounding():
 
 def test_hrank_at_the_rates_of_a_plan():
     model, ranks = model_of(8, 8, 8), ranks_of(HAND, HAND[::-1], HAND * 2)
-    crank = pp.select(model, ranks=ranks, exclude=["2"], jobs=1)
-    hrank = pp.select(model, "hrank", ranks=ranks, rates=crank)
+    own = pp.select(model, ranks=ranks, exclude=["2"], jobs=1)
+    hrank = pp.select(model, "hrank", ranks=ranks, rates=own)
     assert [len(kept) for kept in hrank.keep.values()] == [2, 2, 8]
     assert hrank.keep["0"].tolist() == [1, 2]
-    assert pp.select(model, "hrank", ranks=ranks, rates=crank.rates).keep["1"].tolist() == hrank.keep["1"].tolist()
+    assert pp.select(model, "hrank", ranks=ranks, rates=own.rates).keep["1"].tolist() == hrank.keep["1"].tolist()
     partial = pp.Plan({"1": [0]})
     assert [len(k) for k in pp.select(model, "hrank", ranks=ranks, rates=partial).keep.values()] == [8, 1, 8]
     excluded = pp.select(model, "hrank", ranks=ranks, rates={"0": 0.5, "1": 0.5}, exclude=["2"], min_keep=5)
@@ -398,25 +399,33 @@ def test_rates_of_a_plan_give_its_counts_back(F, data):
 
 
 REFUSED = [
-    ({"method": "cranc"}, ValueError, r"one of 'crank', 'hrank'; got 'cranc'. Did you mean 'crank'\?"),
+    ({"method": "cranc"}, ValueError, r"one of 'crank', 'hrank', 'l1', .*; got 'cranc'. Did you mean 'crank'\?"),
     ({"ranks": None}, ValueError, "'crank' needs ranks; pass ranks=pyprune.rank_filters"),
     ({"ranks": {"0": HAND}}, TypeError, "ranks must be ClassRanks; got dict"),
     ({"ranks": ranks_of(HAND[:7])}, ValueError, "from another model: '0' has 7 filters there and has 8 filters here"),
     ({"ranks": ranks_of(HAND, HAND)}, ValueError, "another model: '1' has 8 filters there and is no convolution here"),
     ({"ranks": ranks_of(HAND[:, :1])}, ValueError, "at least two classes; got 1. Use method='hrank'"),
-    ({"rates": 0.5}, ValueError, "'crank' finds its own rates"),
     ({"exclude": ["2"]}, ValueError, "no convolution named '2'"),
     ({"exclude": "0"}, TypeError, r"Pass \['0'\]"),
     ({"min_keep": 0}, ValueError, "min_keep must be a whole number of at least 1; got 0"),
     ({"jobs": 1.5}, ValueError, "jobs must be a whole number of at least 1; got 1.5"),
     ({"k_min": 1}, ValueError, "k_min must be at least 2"),
-    ({"clusterer": "native"}, ValueError, "clusterer must be one of 'sklearn'; got 'native'"),
-    ({"method": "hrank"}, ValueError, "'hrank' needs rates: a plan, one rate per layer, or one rate"),
+    ({"clusterer": "other"}, ValueError, "clusterer must be one of .*'sklearn'; got 'other'"),
+    ({"ease": 1.1}, ValueError, "ease must be a number from 0 to 1; got 1.1"),
+    ({"ease": 0.1, "rates": 0.5}, ValueError, "ease is for CRank's own rates; with rates or budget it says nothing"),
+    ({"preset": "thesis"}, ValueError, "preset must be one of 'thesis_text', 'thesis_code'; got 'thesis'"),
+    ({"space": "3d"}, ValueError, "space must be one of 'classes', '2d'; got '3d'"),
+    ({"esae": 0.5}, ValueError, r"'crank' has no option 'esae'; it has preset, .* Did you mean 'ease'\?"),
+    ({"rates": 0.5, "budget": {"macs": 0.5}}, ValueError, "rates and budget were both given"),
+    ({"coupled": "both"}, ValueError, "coupled must be one of 'apart', 'joint'; got 'both'"),
+    ({"coupled": "joint"}, ValueError, "coupled='joint' needs example_inputs; pass example_inputs="),
+    ({"budget": {"macs": 0.5}}, ValueError, "budget needs example_inputs; pass example_inputs=, one batch"),
+    ({"method": "hrank"}, ValueError, "'hrank' has no rate of its own. Pass rates=, a plan, one rate per"),
     ({"method": "hrank", "rates": 1}, ValueError, r"rates must be in \[0, 1\); got 1 for '0'"),
     ({"method": "hrank", "rates": {"0": -0.1}}, ValueError, r"in \[0, 1\); got -0.1"),
     ({"method": "hrank", "rates": {"0": float("nan")}}, ValueError, r"in \[0, 1\); got nan"),
     ({"method": "hrank", "rates": {"0": "0.5"}}, TypeError, r"numbers in \[0, 1\), or a plan; got str"),
-    ({"method": "hrank", "rates": {"0": 0.5, "00": 0.5}}, ValueError, "names '00', of which there are no ranks. Did"),
+    ({"method": "hrank", "rates": {"0": 0.5, "00": 0.5}}, ValueError, "names '00', of which there are no scores. Did"),
     ({"method": "hrank", "rates": {}}, ValueError, "rates lacks '0'. Give each a rate, or exclude it"),
     ({"method": "hrank", "rates": pp.Plan({"0": [8]})}, ValueError, "'0' has filters 0 to 7; the plan keeps 8"),
     ({"method": "hrank", "rates": pp.Plan({"1": [0]})}, ValueError, "no convolution named '1'"),
@@ -426,4 +435,4 @@ REFUSED = [
 @pytest.mark.parametrize(("arguments", "kind", "message"), REFUSED)
 def test_what_is_refused(arguments, kind, message):
     with pytest.raises(kind, match=message):
-        pp.select(model_of(8), **{"ranks": ranks_of(HAND), "jobs": 1, **arguments})
+        pp.select(model_of(8), **{"ranks": ranks_of(HAND), **arguments})
