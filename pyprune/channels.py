@@ -156,6 +156,8 @@ class Channels:
     ``flattens`` names the nodes whose literal size must become a flatten; ``sums``, ``pads``, ``slices``, ``splits``
     and ``views`` describe the nodes that must be written anew; ``parameters`` are those that the network reads by
     themselves and that lose entries; ``groups`` counts the groups of grouped convolutions before anything leaves.
+    ``values`` are those of every tensor that is followed, by the name of its node, and ``made`` is the first slot of
+    those that a node made which is no layer, and that node.
     """
 
     filters: Mapping[str, int]
@@ -172,6 +174,8 @@ class Channels:
     views: Mapping[str, View]
     parameters: Mapping[str, Sliced]
     groups: Mapping[str, int]
+    values: Mapping[str, Value | Rearranged]
+    made: Sequence[tuple[int, str]]
     _why: Callable[[int], str]
 
     def leaving(self, layer: str) -> BoolArray:
@@ -222,6 +226,8 @@ def follow(
     dead: Mapping[str, IntArray],
     residual: Residual = "scatter",
     staying: Mapping[str, Collection[int]] | None = None,
+    frozen: Mapping[str, str] | None = None,
+    lines: Mapping[str, str] | None = None,
 ) -> Channels:
     """Walk ``graph`` and decide which channels leave.
 
@@ -237,10 +243,15 @@ def follow(
         ``"scatter"`` lets the sides of an addition lose different channels; otherwise all lose the same.
     staying
         Filters that stay whatever happens, by layer.
+    frozen
+        Nodes that yield what they yield now, by name, and why; ``"name:own"`` for what only that node makes.
+    lines
+        Where the source calls each node, by name, for the reasons.
     """
-    walk = _Walk(model, graph, shapes, dead, residual == "scatter", staying or {})
+    walk = _Walk(model, graph, shapes, dead, residual == "scatter", staying or {}, lines or {})
     for node in graph.nodes:
         walk.values[node] = walk.step(node)
+        walk.freeze(node, frozen or {})
     return walk.result()
 
 
@@ -261,6 +272,7 @@ class _Walk:
     dead: Mapping[str, IntArray]
     scatters: bool = True
     staying: Mapping[str, Collection[int]] = field(default_factory=dict)
+    lines: Mapping[str, str] = field(default_factory=dict)
     values: dict[fx.Node, Found] = field(default_factory=dict)
     inputs: dict[str, Value] = field(default_factory=dict)
     holds: list[_Hold] = field(default_factory=list)
@@ -330,6 +342,18 @@ class _Walk:
         """Return the number that ``node`` yields, or a tensor without numbers of its shape."""
         shape = self.shapes.get(node)
         return torch.empty(shape, device="meta") if isinstance(shape, tuple) else shape
+
+    def freeze(self, node: fx.Node, frozen: Mapping[str, str]) -> None:
+        """Keep what ``node`` yields, or only what it adds to what it reads, if that is frozen."""
+        value = self.values[node]
+        value = value.value if isinstance(value, Rearranged) else value
+        yields = value.parts if isinstance(value, Parts) else (value,) if isinstance(value, Value) else ()
+        reads = [one.slots for one in map(self.values.get, node.all_input_nodes) if isinstance(one, Value)]
+        for one in yields:
+            if node.name in frozen:
+                self.pin(one, frozen[node.name])
+            elif f"{node.name}:own" in frozen:
+                self.pin(one, frozen[f"{node.name}:own"], ~np.isin(one.slots, _joined(reads)))
 
     def weights(self, name: str) -> Weights | None:
         """Return a tensor that the network reads by itself."""
@@ -418,6 +442,8 @@ class _Walk:
 
     def pin_reads(self, node: fx.Node, reason: str) -> Value | None:
         """Keep everything that ``node`` reads, and follow its result no further."""
+        if node.name in self.lines:
+            reason = f"{reason} ({self.lines[node.name]})"
         for value in [self.values.get(source) for source in node.all_input_nodes]:
             if isinstance(value, Count):
                 self.pin(value.value, f"has its number of channels read by {value.reader}")
@@ -497,7 +523,9 @@ class _Walk:
         return Channels(
             self.counts, self.first, self.inputs, leaves, self._classes(self.ties), self._classes(self.joins),
             frozenset(self.flattens), self.sums, self.pads, self.slices, self.splits, self.views, self.parameters,
-            self.groups, self._explain(origins, through),
+            self.groups,
+            {node.name: value for node, value in self.values.items() if isinstance(value, (Value, Rearranged))},
+            tuple(self.others), self._explain(origins, through),
         )  # fmt: skip
 
     def _spread(self, needed: BoolArray) -> tuple[IntArray, IntArray]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from pyprune import channels as channel_walk
 from pyprune import graph as graphs
-from pyprune import kinds, measure
+from pyprune import kinds, measure, recording
 from pyprune import operations as ops
 from pyprune.baking import baked, check_model
 from pyprune.channels import BoolArray, Channels, Residual
@@ -51,7 +51,7 @@ def analyse(
     Parameters
     ----------
     model
-        Not changed; it must be traceable by torch.fx.
+        Not changed.
     plan
         Layers that are not in it keep every filter.
     example_inputs
@@ -68,8 +68,7 @@ def analyse(
     Raises
     ------
     ValueError
-        If ``residual`` is unknown, the plan does not fit the model, the model cannot be traced, or it does not accept
-        the inputs.
+        As for :func:`compact`.
     """
     _check_residual("analyse", residual)
     model, _ = unwrapped(model)
@@ -93,14 +92,15 @@ def compact(
     """Remove the channels that ``plan`` leaves unused and return a network that computes what the masked one does.
 
     In eval mode the slim network equals the masked one, or the channel is kept and ``Compacted.kept`` says why.
-    Operations that pyprune does not know keep the channels that they read; nothing is guessed. Constants that dead
+    Operations that pyprune does not know keep the channels that they read; nothing is guessed. Where torch.fx cannot
+    trace the model, its own forward is kept, and so are the channels that it could not do without. Constants that dead
     channels carry (a sigmoid makes 0.5 of 0) are folded into the bias of the layer that reads them.
 
     Parameters
     ----------
     model
-        Masked or not; it is never changed. It must be traceable by torch.fx. A wrapper of data parallelism or
-        torch.compile is taken off, and ``Compacted.unwrapped`` names it.
+        Masked or not; it is never changed. A wrapper of data parallelism or torch.compile is taken off, and
+        ``Compacted.unwrapped`` names it.
     plan
         Layers that are not in it keep every filter.
     example_inputs
@@ -108,9 +108,10 @@ def compact(
     residual
         What happens where branches are added. ``"scatter"``: each branch computes only its own surviving filters and
         is added into the stream by index; the stream loses the channels that every branch removes. ``"intersect"``:
-        branches, too, lose only what every branch removes; no indexed additions. ``"union"``, which is lossy: a
-        channel leaves if any branch removes it; the plan is extended accordingly, ``Compacted.beyond`` says by what,
-        and the proof is against the network masked by the extended plan.
+        branches, too, lose only what every branch removes; no indexed additions. A model that keeps its own forward
+        gets that for ``"scatter"``, and ``Compacted.residual`` says so. ``"union"``, which is lossy: a channel leaves
+        if any branch removes it; the plan is extended accordingly, ``Compacted.beyond`` says by what, and the proof is
+        against the network masked by the extended plan.
     round_to
         Bring filters back, lowest index first and with the model's own weights, until each layer's number of
         filters is a multiple of this.
@@ -123,13 +124,14 @@ def compact(
     -------
     Compacted
         Its ``model`` is a ``torch.fx.GraphModule`` with the names, dtype, device, memory format, ``requires_grad``
-        and training flags of ``model``, and shares no memory with it.
+        and training flags of ``model``, and shares no memory with it. Where torch.fx cannot trace the model it is a
+        network of the model's own class; ``Compacted.own_forward`` says why.
 
     Raises
     ------
     ValueError
-        If an argument is out of range, the plan does not fit the model, the model cannot be traced, or it does not
-        accept the inputs.
+        If an argument is out of range, the plan does not fit the model, it does not accept the inputs, or what it
+        computes depends on values of tensors (the line is named).
     RuntimeError
         If the verification fails: then nothing is returned.
     """
@@ -151,8 +153,8 @@ def compact(
         del masked
         before, after = _profiles(network, slim, decision, _copies(inputs), latency)
     return Compacted(
-        slim, certificate, plan, decision.kept, before, after, inputs, residual, decision.beyond, sources, wrappers,
-        decision.lossy,
+        slim, certificate, plan, decision.kept, before, after, inputs, network.residual, decision.beyond, sources,
+        wrappers, decision.lossy, network.own_forward,
     )  # fmt: skip
 
 
@@ -182,6 +184,7 @@ class _Decision:
     beyond: Mapping[str, IntArray]  # filters that leave although the given plan keeps them
     lossy: bool  # whether a union extended the plan
     dropouts: frozenset[str]  # the nodes of functional dropout that follow the training flag
+    own_forward: bool = False  # whether the slim network is of the model's own class
 
 
 class _Network:
@@ -189,10 +192,47 @@ class _Network:
 
     def __init__(self, who: str, model: nn.Module, plan: Plan, inputs: tuple[torch.Tensor, ...], residual: Residual):
         graphs.check_plan(who, model, plan)
-        self.model, self.residual = model, residual
-        self.graph = graphs.trace(model, who)
-        self.shapes = _shapes(who, model, self.graph, inputs)
+        self.who, self.model, self.inputs, self.residual = who, model, inputs, residual
         self.images = len(inputs[0])
+        self.recorded: recording.Recording | None = None
+        self.own_forward, self.frozen = "", dict[str, str]()
+        try:
+            self.graph = graphs.trace(model, who)
+        except graphs.TraceError as error:
+            self.own_forward = error.reason
+        else:
+            self.shapes, outputs = _shapes(who, model, self.graph, inputs)
+            if not _is_faithful(model, outputs, inputs):
+                self.own_forward = "torch.fx follows another way through forward than tensors take"
+        if self.own_forward:
+            self._record()
+
+    def _record(self) -> None:
+        """Follow the way that forward takes on the inputs; branches are added as forward adds them."""
+        twin = copy.deepcopy(self.model).eval()  # forward may store things in it
+        found = recording.record(self.who, twin, _copies(self.inputs))
+        if found.failure is not None:
+            raise _unaccepted(self.who, self.model, self.inputs, found.failure)
+        recording.check(self.who, twin, found, self.inputs)
+        self.recorded, self.graph, self.shapes = found, found.graph, found.shapes
+        self.residual = "intersect" if self.residual == "scatter" else self.residual
+
+    def settle(self, channels: Channels) -> bool:
+        """Say whether forward, as it is, does the right thing with the layers that are left; if not, keep more."""
+        if self.recorded is None:
+            return True
+        slim = _adopted(self.model, channels).eval()
+        found = recording.record(self.who, slim, _copies(self.inputs))
+        more = recording.to_freeze(self.recorded, channels, found, slim, self.residual, self.frozen)
+        if more is None:
+            return True
+        if not more:
+            raise ValueError(
+                f"{self.who}: the forward of {type(self.model).__name__} does something else with narrower layers, and "
+                f"keeping what it reads does not help ({found.failure}). Leave its layers out of the plan."
+            )
+        self.frozen |= more
+        return False
 
     def walk(
         self, plan: Plan, staying: Mapping[str, set[int]] | None = None
@@ -207,15 +247,16 @@ class _Network:
         residual: Residual | None = None,
         staying: Mapping[str, set[int]] | None = None,
     ) -> Channels:
-        return channel_walk.follow(self.model, self.graph, self.shapes, dead, residual or self.residual, staying)
+        mode, lines = residual or self.residual, self.recorded.lines if self.recorded else None
+        return channel_walk.follow(self.model, self.graph, self.shapes, dead, mode, staying, self.frozen, lines)
 
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Hold the random state still, keep reduced precision out of the comparison, and leave no traces in ``model``."""
-    device, own = measure.model_device(model), set(vars(model))
+    device = measure.model_device(model)
     with ExitStack() as stack:
-        stack.callback(_forget, model, own)
+        stack.callback(_restore, _state(model))
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
@@ -224,10 +265,26 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _forget(model: nn.Module, own: set[str]) -> None:
-    """Delete what tracing left behind: tensors that the network computes from its buffers alone."""
-    for name in set(vars(model)) - own:
-        delattr(model, name)
+_State = list[tuple[dict[str, Any], dict[str, Any]]]
+
+
+def _state(model: nn.Module) -> tuple[_State, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Return what every module holds, and copies of what a forward of somebody's own may overwrite."""
+    tables = [(table, dict(table)) for one in model.modules() for table in (one._parameters, one._buffers, vars(one))]
+    foreign = [one for one in model.modules() if not type(one).__module__.startswith("torch.nn")]
+    tensors = {one for module in foreign for one in vars(module).values() if isinstance(one, torch.Tensor)}
+    tensors |= {one for module in foreign for one in module.buffers(recurse=False)}
+    return tables, [(one, one.detach().clone()) for one in tensors]
+
+
+def _restore(state: tuple[_State, list[tuple[torch.Tensor, torch.Tensor]]]) -> None:
+    """Take back what tracing and running left behind: tensors that are computed from buffers alone, counters."""
+    for table, held in state[0]:
+        table.clear()
+        table.update(held)
+    for tensor, numbers in state[1]:
+        if not torch.equal(tensor, numbers):
+            tensor.copy_(numbers)
 
 
 def _inputs(who: str, example_inputs: Any) -> tuple[torch.Tensor, ...]:
@@ -242,6 +299,14 @@ def _copies(inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 
 
 def _decide(network: _Network, plan: Plan, round_to: int) -> _Decision:
+    """Decide what leaves, so that a forward that cannot be written anew needs no edit."""
+    decision = _wanted(network, plan, round_to)
+    while not network.settle(decision.channels):
+        decision = _wanted(network, plan, round_to)
+    return decision
+
+
+def _wanted(network: _Network, plan: Plan, round_to: int) -> _Decision:
     """Follow the channels, and bring filters back until every number of filters is a multiple."""
     model = network.model
     united = wanted = _united(network, plan) if network.residual == "union" else plan
@@ -257,8 +322,9 @@ def _decide(network: _Network, plan: Plan, round_to: int) -> _Decision:
     kept = _kept(model, plan, wanted, channels, stays, f"makes the number of filters a multiple of {round_to}")
     beyond = _beyond(plan, channels)
     lossy = any(np.isin(filters, wanted.keep.get(name, filters), invert=True).any() for name, filters in beyond.items())
-    dropouts = _training_dropouts(model, network.graph)
-    return _Decision(network.graph, channels, dead, plan, wanted, kept, beyond, lossy, dropouts)
+    dropouts = frozenset[str]() if network.recorded else _training_dropouts(model, network.graph)
+    own = network.recorded is not None
+    return _Decision(network.graph, channels, dead, plan, wanted, kept, beyond, lossy, dropouts, own)
 
 
 def _united(network: _Network, plan: Plan) -> Plan:
@@ -328,8 +394,17 @@ def _drops(node: fx.Node) -> Any:
     return ops.argument(node, 2, "training", True)
 
 
-def _shapes(who: str, model: nn.Module, graph: fx.Graph, inputs: tuple[torch.Tensor, ...]) -> dict[fx.Node, Any]:
-    """Run the graph once in eval mode and return the shape of every tensor, and every whole number."""
+def _is_faithful(model: nn.Module, outputs: Any, inputs: tuple[torch.Tensor, ...]) -> bool:
+    """Say whether the graph computed what forward does: isinstance, say, may answer otherwise while it is traced."""
+    with measure.running(model):
+        expected = model(*_copies(inputs))
+    return _difference(_tensors(outputs), _tensors(expected)) <= NATIVE_TOLERANCES.get(_dtype(model), 5e-2)
+
+
+def _shapes(
+    who: str, model: nn.Module, graph: fx.Graph, inputs: tuple[torch.Tensor, ...]
+) -> tuple[dict[fx.Node, Any], Any]:
+    """Run the graph once in eval mode and return the shape of every tensor, and every whole number; and the result."""
     shapes: dict[fx.Node, Any] = {}
 
     class Recorder(fx.Interpreter):
@@ -343,15 +418,19 @@ def _shapes(who: str, model: nn.Module, graph: fx.Graph, inputs: tuple[torch.Ten
 
     try:
         with measure.running(model):
-            Recorder(model, graph=graph).run(*_copies(inputs))
+            outputs = Recorder(model, graph=graph).run(*_copies(inputs))
     except Exception as error:
-        came = ", ".join(f"{list(one.shape)} {one.dtype}".replace("torch.", "") for one in inputs)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{who}: {type(model).__name__} does not accept example_inputs of {came} ({reason}). "
-            "Pass one batch, as the model's forward takes it."
-        ) from None
-    return shapes
+        raise _unaccepted(who, model, inputs, error) from None
+    return shapes, outputs
+
+
+def _unaccepted(who: str, model: nn.Module, inputs: tuple[torch.Tensor, ...], error: Exception) -> ValueError:
+    came = ", ".join(f"{list(one.shape)} {one.dtype}".replace("torch.", "") for one in inputs)
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ValueError(
+        f"{who}: {type(model).__name__} does not accept example_inputs of {came} ({reason}). "
+        "Pass one batch, as the model's forward takes it."
+    )
 
 
 def _to_bring_back(channels: Channels, round_to: int) -> dict[str, set[int]]:
@@ -400,8 +479,27 @@ def _zero(model: nn.Module, dead: Mapping[str, IntArray]) -> None:
         graphs.zero_filters(model, name, indices)
 
 
-def _rebuild(masked: nn.Module, decision: _Decision) -> fx.GraphModule:
+def _adopted(model: nn.Module, channels: Channels) -> nn.Module:
+    """Return a copy of ``model`` with cut layers: whatever refers to a layer refers to the cut one."""
+    memo: dict[int, Any] = {}
+    for name, module in model.named_modules():
+        if name in channels.filters or name in channels.inputs:
+            memo[id(module)] = _cut(name, module, channels, memo)
+    for name in channels.parameters:
+        owner, _, leaf = name.rpartition(".")
+        tensor = getattr(model.get_submodule(owner), leaf)
+        if (left := _sliced(name, tensor, channels)) is not tensor:
+            memo[id(tensor)] = left
+    slim = copy.deepcopy(model, memo)
+    for parameter in slim.parameters():
+        parameter.grad = None
+    return slim
+
+
+def _rebuild(masked: nn.Module, decision: _Decision) -> nn.Module:
     """Return the slim network: a copy of the graph over cut layers, in which no tensor is the masked model's."""
+    if decision.own_forward:
+        return _adopted(masked, decision.channels)
     graph = _copied(decision)
     parts: dict[str, Any] = {}
     memo: dict[int, Any] = {}
@@ -585,9 +683,7 @@ def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _verify(
-    masked: nn.Module, slim: fx.GraphModule, decision: _Decision, inputs: tuple[torch.Tensor, ...]
-) -> Certificate:
+def _verify(masked: nn.Module, slim: nn.Module, decision: _Decision, inputs: tuple[torch.Tensor, ...]) -> Certificate:
     """Compare slim and masked as they are in their own type, then in float64 with randomised norms.
 
     ``masked`` is used up: it gets random norms. Only the layer that is running is held in float64.
@@ -603,23 +699,24 @@ def _verify(
     _randomise(masked, generator)
     _zero(masked, decision.dead)
     words, worst = [], 0.0
-    with _in_float64(masked, decision.graph):
-        slimmed = _Slimmed(slim, masked, decision.channels)
-        for word, batch, expected in _compared(inputs, generator, masked):
+    with _in_float64(masked, decision):
+        run = _slimmed(slim, masked, decision)
+        for word, batch, expected in _compared(inputs, generator, masked, decision):
             words.append(word)
-            worst = max(worst, _difference(_tensors(slimmed.run(*_copies(batch))), expected))
+            worst = max(worst, _difference(_tensors(run(*_copies(batch))), expected))
     _check("in float64", worst, TOLERANCE)
     _check(f"in {_plain(dtype)}", native, limit)
     return Certificate(True, tuple(words), worst, TOLERANCE, _plain(dtype), native, limit)
 
 
 @contextmanager
-def _in_float64(model: nn.Module, graph: fx.Graph) -> Iterator[None]:
+def _in_float64(model: nn.Module, decision: _Decision) -> Iterator[None]:
     """Let every layer compute in float64, its tensors converted when it is called and put back when it has run.
 
-    A model that reads parameters outside their layers is converted as a whole instead.
+    A model that reads parameters outside their layers, or that could not be traced, is converted as a whole instead.
     """
-    if any(node.op == "get_attr" for node in graph.nodes):
+    graph = decision.graph
+    if decision.own_forward or any(node.op == "get_attr" for node in graph.nodes):
         model.double()
         yield
         return
@@ -642,6 +739,13 @@ def _in_float64(model: nn.Module, graph: fx.Graph) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _slimmed(slim: nn.Module, masked: nn.Module, decision: _Decision) -> Callable[..., Any]:
+    """Return what runs the slim network in float64, with the numbers of the masked one."""
+    if not isinstance(slim, fx.GraphModule):
+        return _adopted(masked, decision.channels).double().eval()
+    return _Slimmed(slim, masked, decision.channels).run
 
 
 class _Slimmed(fx.Interpreter):
@@ -705,18 +809,20 @@ def _randomise(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def _compared(
-    inputs: tuple[torch.Tensor, ...], generator: torch.Generator, model: nn.Module
+    inputs: tuple[torch.Tensor, ...], generator: torch.Generator, model: nn.Module, decision: _Decision
 ) -> Iterator[tuple[str, tuple[torch.Tensor, ...], list[torch.Tensor]]]:
     """Yield what is compared in float64, in words and numbers, and what ``model`` makes of it.
 
     These are the example inputs and two random batches of different sizes, few and small images where it takes them.
+    Where only the way is known that forward took on the example inputs, others must take the same.
     """
     images, space = len(inputs[0]), max([0, *(max(one.shape[2:]) for one in inputs if one.ndim == 4)])
     sizes = [_MOST_SPACE, space] if space > _MOST_SPACE else [space]
     batches = [(count, size) for size in sizes for count in sorted({min(images, _MOST_IMAGES), images})]
     for count, size in batches:
         batch = _resized(inputs, count, size, model)
-        expected = _outputs(model, batch) if (count, size) == batches[-1] else _accepted(model, batch)
+        last = (count, size) == batches[-1]
+        expected = _outputs(model, batch) if last else _accepted(model, batch, decision)
         if expected is not None:
             break
     first = "" if count == images else f"first {count} of "
@@ -725,14 +831,20 @@ def _compared(
     few = min(images, 2)
     for count in (few, few + 1):
         batch = _resized(inputs, count, size, model, generator)
-        expected = _accepted(model, batch)
+        expected = _accepted(model, batch, decision)
         if expected is not None:
             yield f"normal random inputs ({count} images)", batch, expected
 
 
-def _accepted(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> list[torch.Tensor] | None:
-    """Return what ``model`` makes of ``batch``; ``None`` if it does not take it: some expect one size of batch."""
+def _accepted(model: nn.Module, batch: tuple[torch.Tensor, ...], decision: _Decision) -> list[torch.Tensor] | None:
+    """Return what ``model`` makes of ``batch``; ``None`` if it does not take it: some expect one size of batch.
+
+    Nor does a model take what makes its own forward go another way.
+    """
     try:
+        if decision.own_forward:
+            found = recording.record("compact", copy.deepcopy(model), _copies(batch))
+            return found.outputs if found.takes(decision.graph) else None
         return _outputs(model, batch)
     except Exception:
         return None
@@ -764,10 +876,7 @@ def _outputs(model: nn.Module, batch: Sequence[torch.Tensor]) -> list[torch.Tens
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:
-    if isinstance(output, torch.Tensor):
-        return [output]
-    items = output.values() if isinstance(output, dict) else output if isinstance(output, (list, tuple)) else ()
-    return [tensor for item in items for tensor in _tensors(item)]
+    return recording.tensors(output)
 
 
 def _difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
@@ -797,7 +906,8 @@ def _profiles(
     counted = measure.counted(model, positions, images, left)
     after = replace(after, hrank_v1_parameters=counted.hrank_v1_parameters, hrank_v1_macs=counted.hrank_v1_macs)
     if latency:
-        times = measure.latencies([model, slim], inputs)
+        own = copy.deepcopy(model) if decision.own_forward else model  # it may store things when it runs
+        times = measure.latencies([own, slim], inputs)
         before, after = replace(before, latency_ms=times[0]), replace(after, latency_ms=times[1])
     return before, after
 

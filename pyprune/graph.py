@@ -27,6 +27,14 @@ Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*|[0-9]+")
 
 
+class TraceError(ValueError):
+    """torch.fx cannot follow the forward of a model; ``reason`` is what it says."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 def check_name(who: str, name: str) -> None:
     """Refuse a module, parameter or node name that could be more than a name.
 
@@ -53,7 +61,9 @@ def trace(model: nn.Module, who: str = "trace", *, training: bool = False) -> fx
     Raises
     ------
     ValueError
-        If a name is hostile (see :func:`check_name`), or torch.fx cannot follow ``forward``.
+        If a name is hostile (see :func:`check_name`).
+    TraceError
+        A ``ValueError`` too: if torch.fx cannot follow ``forward``.
     """
     for module in model.modules():
         for name in (*module._modules, *module._parameters, *module._buffers):
@@ -64,9 +74,10 @@ def trace(model: nn.Module, who: str = "trace", *, training: bool = False) -> fx
         return fx.Tracer().trace(model)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(
+        raise TraceError(
             f"{who}: {type(model).__name__} cannot be traced by torch.fx ({reason[0]}). "
-            "Remove data-dependent control flow from forward, or name the taps by hand where ranks are read."
+            "Remove data-dependent control flow from forward, or name the taps by hand where ranks are read.",
+            reason[0],
         ) from None
     finally:
         for module, training in flags.items():

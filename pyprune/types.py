@@ -587,6 +587,9 @@ class Compacted:
     about the network masked by the plan and ``beyond``. ``origins`` says for each parameter of ``model``, by
     name, which numbers of the original's it holds; parameters that compaction made, biases with folded constants, have
     none. ``unwrapped`` names what the original was taken out of, outermost first, as ``("DistributedDataParallel",)``.
+    ``own_forward`` is empty where ``model`` is a graph; else it says why torch.fx could not trace the original, whose
+    class ``model`` then has: it is proved for the way that forward takes on ``example_inputs``, and ``residual`` is
+    ``"intersect"`` at least.
     """
 
     model: nn.Module
@@ -601,6 +604,7 @@ class Compacted:
     origins: Mapping[str, Origin] = field(default_factory=dict)
     unwrapped: tuple[str, ...] = ()
     lossy: bool = False
+    own_forward: str = ""
 
     def carry(self, optimizer: Optimizer, model: nn.Module) -> Optimizer:
         """Return an optimizer that goes on training the slim model where ``optimizer`` was with the original.
