@@ -42,11 +42,17 @@ def save_slim(slim: Compacted, folder: str | os.PathLike[str]) -> Path:
     Raises
     ------
     ValueError
-        If the folder cannot be written, or the network uses an operation that the format does not hold (named).
-        Nothing is written then.
+        If the folder cannot be written, the network keeps its own forward, or it uses an operation that the format
+        does not hold (named). Nothing is written then.
     TypeError
         If ``slim`` does not come from :func:`pyprune.compact`.
     """
+    if isinstance(slim, Compacted) and slim.own_forward:
+        raise ValueError(
+            f"save_slim: a slim folder holds a graph, and the slim {type(slim.model).__name__} keeps its own forward, "
+            f"which torch.fx cannot trace ({slim.own_forward}). Keep slim.plan and slim.model.state_dict(): compact "
+            "makes the same network of the original again. Or write it with export_onnx or export_pt2."
+        )
     if not isinstance(slim, Compacted) or not isinstance(slim.model, fx.GraphModule):
         raise TypeError(f"save_slim: needs what compact returned; got {type(slim).__name__}.")
     architecture = slimfile.describe("save_slim", slim.model)
