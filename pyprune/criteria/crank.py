@@ -394,12 +394,12 @@ def order(
     gone = np.flatnonzero(~keep)
     survives = np.isin(labels, np.unique(labels[candidates]))[gone]
     stage = np.where(candidates[gone], 0, np.where(survives, 1, 2))
-    cluster = np.array([ideal[centres[int(label)]] for label in labels])[gone]
+    centre = np.array([centres[label] for label in labels.tolist()])[gone]
     keys = (
         np.where(stage == 0, spread[gone], ideal[gone]),
         ~medoid[gone],
-        np.where(stage == 2, labels[gone], 0),
-        np.where(stage == 2, cluster, 0),
+        np.where(stage == 2, centre, 0),
+        np.where(stage == 2, ideal[centre], 0),
         stage,
     )
     return first, gone[np.lexsort(keys)]
