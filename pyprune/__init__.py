@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pyprune.compaction import compact as compact
     from pyprune.deployment import export_onnx as export_onnx
     from pyprune.deployment import export_pt2 as export_pt2
+    from pyprune.equity import fairness as fairness
     from pyprune.export import load_into as load_into
     from pyprune.export import load_slim as load_slim
     from pyprune.export import save_slim as save_slim
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from pyprune.types import Compacted as Compacted
     from pyprune.types import Evaluation as Evaluation
     from pyprune.types import Exported as Exported
+    from pyprune.types import Fairness as Fairness
     from pyprune.types import History as History
     from pyprune.types import Plan as Plan
     from pyprune.types import Profile as Profile
@@ -66,6 +68,7 @@ _HOME = {
     "recalibrate": "recalibration",
     "evaluate": "measure",
     "profile": "measure",
+    "fairness": "equity",
     "prune": "pipeline",
     "report": "reporting",
     "backends": "machine",
@@ -80,6 +83,7 @@ _HOME = {
     "Exported": "types",
     "Evaluation": "types",
     "Profile": "types",
+    "Fairness": "types",
     "PruneResult": "types",
 }
 

@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import fx, nn
+from torch.utils.data import RandomSampler
 
 from pyprune import channels, graph
 from pyprune.machine import keep_freed_memory
 from pyprune.progress import track
-from pyprune.types import Evaluation, FloatArray, IntArray, LayerCount, Plan, Profile
+from pyprune.types import Evaluation, FloatArray, GroupScore, IntArray, LayerCount, Plan, Profile
 
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Counted = graph.Convolution | Transposed | nn.Linear
@@ -168,6 +169,7 @@ def evaluate(
     loader: Iterable[Any],
     *,
     num_classes: int | None = None,
+    attributes: Mapping[str, Sequence[Any]] | None = None,
     device: Device = None,
     progress: bool = True,
 ) -> Evaluation:
@@ -183,6 +185,9 @@ def evaluate(
         Yields (images, labels) with labels [N] in [0, C).
     num_classes
         If given, C must be this: a guard against the wrong model or data.
+    attributes
+        For each attribute one value an image, in the loader's order: ``{"skin type": [3, 1, ...]}``. Losses and hits
+        are then told group by group, for :func:`pyprune.fairness`. The loader must not shuffle.
     device
         Where to compute; by default where the model is. The model is moved back afterwards.
     progress
@@ -191,19 +196,21 @@ def evaluate(
     Returns
     -------
     Evaluation
-        Confusion [C, C], mean cross-entropy, top-1, top-5 (from six classes on) and the mean one-against-rest
-        AUC, for which the scores [images, C] are kept until the end in float32.
+        Confusion [C, C], mean cross-entropy, top-1, top-5 (from six classes on) and the one-against-rest AUCs, for
+        which the scores [images, C] are kept until the end in float32; loss and AUC class by class, too.
 
     Raises
     ------
     TypeError, ValueError
         If the loader is empty or yields no (images, labels), a label is out of range, an output is NaN or
-        infinite, or the model's outputs are not ``num_classes``.
+        infinite, the model's outputs are not ``num_classes``, or an attribute has not one value an image.
     """
+    groups = _Groups(attributes or {}, loader)
     rows: list[FloatArray] = []
     truth: list[IntArray] = []
     loss, top5 = 0.0, 0
     confusion = torch.zeros(0, 0, dtype=torch.int64)
+    class_loss: torch.Tensor | float = 0.0
     for outputs, labels in scores("evaluate", model, loader, device=device, progress=progress):
         classes = outputs.shape[1]
         if classes != (num_classes or classes):
@@ -211,7 +218,10 @@ def evaluate(
         if not len(confusion):
             confusion = torch.zeros(classes, classes, dtype=torch.int64)
         log_shares = outputs.log_softmax(1)
-        loss += float(F.nll_loss(log_shares, labels, reduction="sum"))
+        losses = F.nll_loss(log_shares, labels, reduction="none")
+        loss += float(losses.sum())
+        class_loss = class_loss + torch.bincount(labels, losses, minlength=classes)
+        groups.add(losses.numpy(), (outputs.argmax(1) == labels).numpy())
         pairs = labels * classes + outputs.argmax(1)
         confusion += torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
         if classes > 5:
@@ -219,21 +229,67 @@ def evaluate(
         rows.append(log_shares.float().numpy())
         truth.append(labels.numpy())
     images = int(confusion.sum())
+    aucs = _class_aucs(np.concatenate(truth), np.concatenate(rows))
+    totals = confusion.sum(1).double()
     return Evaluation(
         confusion=confusion.numpy(),
         loss=loss / images,
         top5=top5 / images if len(confusion) > 5 else None,
-        auc=_mean_auc(np.concatenate(truth), np.concatenate(rows)),
+        auc=None if np.isnan(aucs).any() else float(np.mean(aucs)),
+        class_loss=(class_loss / totals).numpy(),  # 0 / 0 for a class without images
+        class_auc=aucs,
+        groups=groups.found(),
     )
 
 
-def _mean_auc(labels: IntArray, log_shares: FloatArray) -> float | None:
-    """Return the mean one-against-rest AUC, from log-probabilities because those do not saturate at 1."""
-    classes = range(log_shares.shape[1])
-    counts = np.bincount(labels, minlength=len(classes))
-    if (counts == 0).any() or (counts == len(labels)).any():
-        return None
-    return float(np.mean([roc_auc_score(labels == c, log_shares[:, c]) for c in classes]))
+def _class_aucs(labels: IntArray, log_shares: FloatArray) -> FloatArray:
+    """Return [C] one-against-rest AUCs, NaN where undefined; log-probabilities do not saturate at 1 as shares do."""
+    counts = np.bincount(labels, minlength=log_shares.shape[1])
+    return np.array([
+        roc_auc_score(labels == c, log_shares[:, c]) if 0 < count < len(labels) else np.nan
+        for c, count in enumerate(counts)
+    ])  # fmt: skip
+
+
+class _Groups:
+    """Sums of losses and hits over the groups of every attribute, batch by batch."""
+
+    def __init__(self, attributes: Mapping[str, Sequence[Any]], loader: Any) -> None:
+        if attributes and isinstance(getattr(loader, "sampler", None), RandomSampler):
+            raise ValueError(
+                "evaluate: attributes come in the loader's order, and this one shuffles. Use another loader."
+            )
+        self.position = 0
+        self.codes: dict[str, tuple[list[str], IntArray]] = {}
+        for name, values in attributes.items():
+            groups, codes = np.unique([str(value) for value in values], return_inverse=True)
+            self.codes[str(name)] = (groups.tolist(), codes.astype(np.int64))
+        self.sums = {name: np.zeros((3, len(groups))) for name, (groups, _) in self.codes.items()}
+
+    def add(self, losses: FloatArray, hits: Any) -> None:
+        """Take in the losses and hits [N] of the next images."""
+        for name, (groups, codes) in self.codes.items():
+            mine = codes[self.position : self.position + len(losses)]
+            if len(mine) < len(losses):
+                raise ValueError(f"evaluate: attribute {name!r} has {len(codes)} values, and there are more images.")
+            sums = [np.bincount(mine, values, minlength=len(groups)) for values in (np.ones(len(mine)), losses, hits)]
+            self.sums[name] += np.stack(sums)
+        self.position += len(losses)
+
+    def found(self) -> dict[str, dict[str, GroupScore]]:
+        """Return the scores of every group."""
+        for name, (_, codes) in self.codes.items():
+            if len(codes) != self.position:
+                raise ValueError(
+                    f"evaluate: attribute {name!r} has {len(codes)} values for {self.position} images. Give each one."
+                )
+        return {
+            name: {
+                group: GroupScore(int(count), float(loss / count), float(hits / count))
+                for group, count, loss, hits in zip(groups, *self.sums[name], strict=True)
+            }
+            for name, (groups, _) in self.codes.items()
+        }
 
 
 class _Width(NamedTuple):

@@ -52,7 +52,7 @@ def test_the_check_would_notice() -> None:
 
 def test_the_stages_are_the_documented_ones() -> None:
     assert STAGES == [
-        "compaction", "deployment", "export", "finetuning", "masks", "ranks", "recalibration", "redundancy",
+        "compaction", "deployment", "equity", "export", "finetuning", "masks", "ranks", "recalibration", "redundancy",
         "reporting", "selection",
     ]  # fmt: skip
 

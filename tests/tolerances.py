@@ -53,3 +53,6 @@ CRITERION_FLOAT64 = 1e-12
 
 QUADRATURE = 1e-7
 """What numeric integration of a smooth density promises by default is 1.5e-8; a little more for kinks at zero."""
+
+TABLE_ROUNDED = 5e-5
+"""Half a unit of the fourth decimal, to which the numbers are given."""
