@@ -287,6 +287,7 @@ class _Walk:
     views: dict[str, View] = field(default_factory=dict)
     parameters: dict[str, Sliced] = field(default_factory=dict)
     whole: set[str] = field(default_factory=set)
+    unread: set[str] = field(default_factory=set)
     produced: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -301,10 +302,20 @@ class _Walk:
         starts = np.cumsum([0, *self.counts.values()])
         self.first = {name: int(start) for name, start in zip(self.counts, starts, strict=False)}
         self.filters = int(starts[-1])  # every slot below is a filter of a layer
-        self.alive = np.ones(starts[-1], np.bool_)
+        self.alive = np.zeros(starts[-1], np.bool_)
         self.pinned = np.zeros(starts[-1], np.int64)
         self.reasons: list[str] = [""]
+        self.shared = {name: [one for one in names if one in self.counts] for name, names in self._shared_layers()}
+        for name, names in self.shared.items():
+            self.tie(self.own_slots(name), self.own_slots(names[0]), f"shares its weight with {names[0]}")
         self.others: list[tuple[int, str]] = []  # the first slot of each sum and padding, and its name
+
+    def _shared_layers(self) -> list[tuple[str, list[str]]]:
+        return [item for item in graphs.shared_layers(self.model).items() if item[0] in self.counts]
+
+    def own_slots(self, name: str) -> IntArray:
+        """Return the slots [F] of the filters of a layer."""
+        return np.arange(self.counts[name]) + self.first[name]
 
     def step(self, node: fx.Node) -> Found:
         """Return what ``node`` yields, after pinning or tying what it reads."""
@@ -398,10 +409,10 @@ class _Walk:
     def produce(self, name: str) -> Value:
         """Return the new channels of layer ``name``: constant 0 where the mask zeroes the filter."""
         self.produced.add(name)
-        slots = np.arange(self.counts[name]) + self.first[name]
+        slots = self.own_slots(name)
         constants = np.full(len(slots), np.nan)
         constants[self.dead.get(f"{name}.weight", [])] = 0.0
-        self.alive[slots] = np.isnan(constants)
+        self.alive[slots] |= np.isnan(constants)
         value = Value(slots, constants)
         for index in self.staying.get(name, ()):
             self.pin(Value(slots[[index]], constants[[index]]), "is to stay")
@@ -417,17 +428,33 @@ class _Walk:
         self.pinned = np.concatenate([self.pinned, np.zeros(len(constants), np.int64)])
         return Value(np.arange(first, first + len(constants)), constants)
 
-    def consume(self, node: fx.Node, name: str, takes_constants: bool) -> None:
-        """Note that layer ``name`` mixes what ``node`` reads, and pin what it could not do without."""
+    def consume(self, node: fx.Node, name: str) -> Value | None:
+        """Note that layer ``name`` mixes what ``node`` reads, and return that."""
         value = self.source(node)
-        if value is None:
-            return
-        if name in self.fixed:
+        if value is not None and name in self.fixed:
             self.pin(value, f"feeds {name}, which {self.fixed[name]}")
-            return
-        if not takes_constants:
-            self.pin_constants(value, f"into {name}, which pads with zeros")
-        self.inputs[name] = value
+            return None
+        self.read(name, value)
+        return value
+
+    def read(self, name: str, value: Value | None) -> None:
+        """Note what a sized module reads: at every call, and under every name, the same channels stay.
+
+        A constant is one to the layer only if every call reads the same; ``None`` is what is not followed.
+        """
+        names = self.shared.get(name, [name])
+        first = self.inputs.get(names[0])
+        if value is None:
+            self.unread |= set(names)
+        elif first is None:
+            self.inputs |= dict.fromkeys(names, value)
+        else:
+            self.tie(first.slots, value.slots, f"is read by {name} too", joins=name not in self.groups)
+            same = first.constants == value.constants
+            other = ~same & ~np.isnan(first.constants) & ~np.isnan(value.constants)
+            self.pin(value, f"is another constant at another call of {name}", other)
+            both = Value(first.slots, np.where(same, first.constants, np.nan), first.dim)
+            self.inputs |= dict.fromkeys(names, both)
 
     def pin(self, value: Value, reason: str, where: BoolArray | None = None) -> None:
         """Keep the slots of ``value`` (those at ``where``); the first reason stands."""
@@ -503,6 +530,8 @@ class _Walk:
         for name in self.whole & self.parameters.keys():
             slots = self.parameters[name].slots
             self.pin(Value(slots, np.zeros(len(slots))), f"meets {name}, which is read elsewhere too")
+        for name in self.unread & self.inputs.keys():
+            self.pin(self.inputs[name], f"feeds {name}, which reads something else too that pyprune does not follow")
         for name in self.counts.keys() - self.produced:
             self.pin(self.produce(name), self.fixed.get(name, "is a filter of a layer that is not followed"))
         needed = self._needed()
@@ -584,12 +613,13 @@ def _fixed_modules(model: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.M
     """Return the modules whose parameters must keep their shape, and why."""
     fixed: dict[str, str] = {}
     tied = graphs.tied_parameters(model)
-    for name, count in graphs.call_counts(graph).items():
+    for name in graphs.call_counts(graph):
         if change := graphs.is_changed(modules[name]):
             fixed[name] = change
-        if count > 1:
-            fixed[name] = "is called more than once"
+    shared = graphs.shared_layers(model)
     for name, other in tied.items():
+        if name.rpartition(".")[0] in shared:
+            continue
         fixed.setdefault(name.rpartition(".")[0], f"shares its parameters with {other.rpartition('.')[0]}")
     for node in graph.nodes:
         if node.op == "get_attr":
@@ -655,7 +685,7 @@ def _linear(walk: _Walk, node: fx.Node) -> Value | None:
         walk.pin_reads(node, f"feeds {name} with its channels not along the last dimension")
         walk.pin(output, "reads another dimension than the channels")
         return None
-    walk.consume(node, name, takes_constants=True)
+    walk.consume(node, name)
     return output
 
 
@@ -671,7 +701,7 @@ def _activation(walk: _Walk, node: fx.Node) -> Value | None:
         if name in walk.fixed:
             walk.pin(value, f"feeds {name}, which {walk.fixed[name]}")
         else:
-            walk.inputs[name] = value
+            walk.read(name, value)
     weights = [weight.detach().to("cpu", torch.float64) for weight in module.parameters()]
     if weights:  # PReLU, the only activation with parameters
         return _mapped(walk, node, value, lambda x: nn.functional.prelu(x, *weights))

@@ -511,6 +511,7 @@ def _rebuild(masked: nn.Module, decision: _Decision) -> nn.Module:
         if node.op == "get_attr":
             tensor = _attribute(masked, parts, str(node.target), memo)
             parts[str(node.target)] = _sliced(str(node.target), tensor, decision.channels)
+    _tie(masked, parts)
     _name_dropouts(graph, parts, decision.dropouts)
     taken = {path.partition(".")[0] for path in parts}
     rewiring = Rewiring(graph, decision.channels, taken, measure.model_device(masked), _is_last(masked))
@@ -518,6 +519,15 @@ def _rebuild(masked: nn.Module, decision: _Decision) -> nn.Module:
     parts |= rewiring.indices
     title = type(masked).__name__
     return _module(graph, parts, title if title.startswith("Slim") else f"Slim{title}", masked)
+
+
+def _tie(masked: nn.Module, parts: Mapping[str, Any]) -> None:
+    """Let layers that share their parameters share what is left of them."""
+    firsts: dict[int, nn.Parameter] = {}
+    for name, parameter in masked.named_parameters(remove_duplicate=False):
+        owner, _, leaf = name.rpartition(".")
+        if owner in parts and (own := getattr(parts[owner], leaf)) is not None:
+            setattr(parts[owner], leaf, firsts.setdefault(id(parameter), own))
 
 
 def _copied(decision: _Decision) -> fx.Graph:
@@ -928,30 +938,42 @@ def _analysis(network: _Network, plan: Plan, decision: _Decision) -> Analysis:
 
 
 def _saved(model: nn.Module, channels: Channels) -> int:
-    """Return how many parameters leave with the channels."""
+    """Return how many parameters leave with the channels; those that layers share leave once."""
+    shared = graphs.shared_layers(model)
     saved = 0
     for name in channels.filters.keys() | channels.inputs.keys():
-        module = model.get_submodule(name)
-        if name in channels.filters:
-            saved += _weights(module) - _weights_left(name, module, channels)
-        else:
+        module: Any = model.get_submodule(name)
+        first: Any = model.get_submodule(shared[name][0]) if name in shared else module
+        if name not in channels.filters:
             saved += int(channels.leaving_inputs(name).sum()) * len(list(module.parameters()))
+        elif first is module:
+            saved += _weights(module) - _weights_left(name, module, channels)
+        elif module.bias is None or module.bias is not first.bias:
+            saved += _biases(module) - _biases_left(name, module, channels)
     return saved + channels.leaving_parameters(model)
 
 
+def _biases(module: Any) -> int:
+    return 0 if module.bias is None else int(module.bias.numel())
+
+
 def _weights(module: Any) -> int:
-    return int(module.weight.numel()) + (0 if module.bias is None else int(module.bias.numel()))
+    return int(module.weight.numel()) + _biases(module)
+
+
+def _biases_left(name: str, module: Any, channels: Channels) -> int:
+    """Return how many biases the layer is left with; folded constants make one."""
+    read = channels.inputs.get(name)
+    folds = read is not None and bool(read.constants[channels.leaving_inputs(name)].any())
+    return int((~channels.leaving(name)).sum()) * int(module.bias is not None or folds)
 
 
 def _weights_left(name: str, module: Any, channels: Channels) -> int:
-    """Return how many weights and biases the layer is left with; folded constants make a bias."""
-    read = channels.inputs.get(name)
-    gone = np.zeros(0, np.bool_) if read is None else channels.leaving_inputs(name)
-    folds = read is not None and bool(read.constants[gone].any())
-    inputs = _inputs_of(module) - int(gone.sum())
-    outputs = int((~channels.leaving(name)).sum())
+    """Return how many weights and biases the layer is left with."""
+    gone = int(channels.leaving_inputs(name).sum()) if name in channels.inputs else 0
+    inputs, outputs = _inputs_of(module) - gone, int((~channels.leaving(name)).sum())
     kernel, groups = int(module.weight[0, 0].numel()), channels.groups_left(name)
-    return outputs * (inputs // groups * kernel + int(module.bias is not None or folds))
+    return outputs * (inputs // groups * kernel) + _biases_left(name, module, channels)
 
 
 def _inputs_of(module: Any) -> int:

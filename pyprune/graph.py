@@ -141,13 +141,41 @@ def call_counts(graph: fx.Graph) -> Counter[str]:
 
 def tied_parameters(model: nn.Module) -> dict[str, str]:
     """Return the parameters and buffers that are one tensor under several names: each with one of the others."""
-    named: dict[int, list[str]] = defaultdict(list)
-    for name, tensor in [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]:
-        named[id(tensor)].append(name)
+    named = _names(model)
     return {name: next(o for o in names if o != name) for names in named.values() if len(names) > 1 for name in names}
+
+
+def _names(model: nn.Module) -> dict[int, list[str]]:
+    """Return the names of each parameter and buffer, by its id; a module that is there twice counts once."""
+    named: dict[int, list[str]] = defaultdict(list)
+    for owner, module in model.named_modules():
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None:
+                continue
+            named[id(tensor)].append(f"{owner}.{leaf}" if owner else leaf)
+    return named
+
+
+def shared_layers(model: nn.Module) -> dict[str, list[str]]:
+    """Return the layers that are several by name and one by weight: each with all of them, itself included.
+
+    They are of one type, with one weight of as many groups, and share neither weight nor bias with anything else: so
+    what leaves one of them can leave them all.
+    """
+    named = _names(model)
+    kinds = ops.CONVOLUTIONS | ops.TRANSPOSED | {nn.Linear}
+    found: dict[str, list[str]] = {}
+    for names in named.values():
+        if len(names) == 1 or not all(name.rpartition(".")[2] == "weight" for name in names):
+            continue
+        layers = [name.rpartition(".")[0] for name in names]
+        modules: list[Any] = [model.get_submodule(layer) for layer in layers]
+        alike = len({(type(module), getattr(module, "groups", 1)) for module in modules}) == 1
+        biases = {name for one in modules if one._parameters.get("bias") is not None for name in named[id(one.bias)]}
+        own = biases <= {f"{layer}.bias" for layer in layers}
+        if alike and type(modules[0]) in kinds and own:
+            found |= dict.fromkeys(layers, layers)
+    return found
 
 
 def is_changed(module: nn.Module) -> str:
@@ -267,8 +295,11 @@ class _MaskWalk:
         self.norms: dict[str, list[_Stream | None]] = defaultdict(list)
         self.silent = dict(self.removed)  # with the depthwise filters over removed channels
         self.calls: Counter[str] = Counter()
+        self.shared = shared_layers(model)
         for name in self.removed:
             self._check_filters(name)
+        for name, names in self.shared.items():
+            self._share(name, names)
 
     def _removed(self, name: str, kept: IntArray, stays: dict[int, str]) -> npt.NDArray[np.bool_]:
         dead = np.ones(self.modules[name].out_channels, np.bool_)
@@ -276,9 +307,20 @@ class _MaskWalk:
         dead[list(stays)] = False
         return dead
 
+    def _share(self, name: str, names: list[str]) -> None:
+        """Keep the filters that another layer with the same weights keeps."""
+        if name in self.removed:
+            common = np.logical_and.reduce([self.removed[one] for one in names])
+            other = next(one for one in names if one != name)
+            left = self.removed[name] & ~common
+            self._revive(
+                _Stream(left, ((name, np.arange(len(left))),), 0), f"shares its parameters with {other}.weight"
+            )
+
     def _check_filters(self, name: str) -> None:
         """Keep the filters of a layer whose weight is not its own, or not a parameter."""
         other = self.tied.get(f"{name}.weight") or self.tied.get(f"{name}.bias")
+        other = None if name in self.shared else other
         reason = f"shares its parameters with {other}" if other else ""
         if not isinstance(vars(self.modules[name])["_parameters"].get("weight"), nn.Parameter):
             reason = "has a parametrized weight"
@@ -298,7 +340,7 @@ class _MaskWalk:
             self.streams[node] = self._step(node)
         for name, streams in self.norms.items():  # a norm used twice is masked only where both uses are
             known = [stream.dead for stream in streams if stream is not None]
-            common = np.logical_and.reduce(known) if len(known) == len(streams) else np.zeros_like(known[:1])
+            common = np.logical_and.reduce(known) if len(known) == len(streams) else np.False_
             for stream in streams:
                 if stream is not None and (left := stream.dead & ~common).any():
                     self._revive(replace(stream, dead=left), f"reaches {name}, which other channels share")

@@ -26,6 +26,7 @@ def outputs(module: Any) -> int:
 def _convolution(walk: _Walk, node: fx.Node) -> Value | None:
     name = str(node.target)
     module = walk.modules[name]
+    again = name in walk.produced
     output = walk.produce(name)
     if module.groups > 1:
         walk.groups[name] = module.groups
@@ -33,8 +34,7 @@ def _convolution(walk: _Walk, node: fx.Node) -> Value | None:
         walk.pin_reads(node, f"feeds {name} without a batch dimension")
         walk.pin(output, "has no batch dimension")
         return None
-    walk.consume(node, name, takes_constants=True)
-    value = walk.inputs.get(name)
+    value = walk.consume(node, name)
     if value is None:
         return output
     if not _is_uniform(module):
@@ -52,7 +52,10 @@ def _convolution(walk: _Walk, node: fx.Node) -> Value | None:
         _need_groups(walk, name, value, made)
     constants = _constant_outputs(walk, name, module, value)
     constants = np.where(np.isnan(output.constants), constants, output.constants)
-    walk.alive[output.slots] = np.isnan(constants)
+    if again:
+        walk.alive[output.slots] |= np.isnan(constants)
+    else:
+        walk.alive[output.slots] = np.isnan(constants)
     return Value(output.slots, constants)
 
 
@@ -159,12 +162,13 @@ def _bring_back(walk: _Walk, slots: IntArray, reason: str) -> None:
 def _norm(walk: _Walk, node: fx.Node) -> Value | None:
     name, value = str(node.target), walk.source(node)
     if value is None:
+        walk.read(name, None)
         return None
     module = walk.modules[name]
     if name in walk.fixed or len(value.slots) != module.num_features:
         walk.pin(value, f"feeds {name}, which {walk.fixed.get(name, 'normalises another dimension')}")
     else:
-        walk.inputs[name] = value
+        walk.read(name, value)
     if graphs.keeps_zeros(module):
         return _silenced(walk, value, value.constants == 0, f"reaches {name}, a norm by the statistics of the input")
     return _silenced(walk, value, _masked_at(walk, name, value), f"reaches {name}, a norm that is not masked there")
@@ -188,12 +192,13 @@ def _group_norm(walk: _Walk, node: fx.Node) -> Value | None:
     """Normalise groups of channels: they leave as wholes, once all of their channels are dead."""
     name, value = str(node.target), walk.source(node)
     if value is None:
+        walk.read(name, None)
         return None
     module = walk.modules[name]
     if name in walk.fixed or len(value.slots) != module.num_channels:
         walk.pin(value, f"feeds {name}, which {walk.fixed.get(name, 'normalises another dimension')}")
         return _silenced(walk, value, np.zeros(len(value.slots), np.bool_), f"reaches {name}, a GroupNorm")
-    walk.inputs[name] = value
+    walk.read(name, value)
     run = module.num_channels // module.num_groups
     reason = f"reaches {name}, a GroupNorm, which mixes it with other channels"
     groups = value.slots.reshape(-1, run)

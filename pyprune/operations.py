@@ -145,7 +145,8 @@ VIEW_METHODS = SPLIT_METHODS | {
 MOVE_FUNCTIONS: dict[Any, str] = {
     torch.reshape: "torch.reshape", torch.flatten: "torch.flatten", torch.permute: "torch.permute",
     torch.transpose: "torch.transpose", torch.swapaxes: "torch.swapaxes", torch.movedim: "torch.movedim",
-    torch.squeeze: "torch.squeeze", torch.unsqueeze: "torch.unsqueeze", torch.unflatten: "torch.unflatten", torch.channel_shuffle: "torch.channel_shuffle",
+    torch.squeeze: "torch.squeeze", torch.unsqueeze: "torch.unsqueeze", torch.unflatten: "torch.unflatten",
+    torch.channel_shuffle: "torch.channel_shuffle",
 }  # fmt: skip
 MOVE_METHODS = frozenset(
     {

@@ -75,7 +75,7 @@ operator.matmul torch.matmul: input=tensor other=tensor
 torch.add torch.sub: input=operand other=operand alpha=number? -> join
 torch.mul torch.maximum torch.minimum: input=operand other=operand -> join
 torch.div: input=operand other=operand rounding_mode=word? -> join
-torch.cat torch.concat torch.concatenate torch.stack: tensors=tensors dim=dim?
+torch.cat torch.concat torch.concatenate torch.stack: tensors=tensors dim=dim? axis=dim?
 torch.chunk: input=tensor chunks=parts dim=dim? -> tensors
 torch.split: tensor=tensor split_size_or_sections=sections dim=dim? -> tensors
 torch.tensor_split: input=tensor indices_or_sections=sections dim=dim? -> tensors

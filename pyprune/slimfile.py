@@ -138,7 +138,7 @@ FUNCTIONS: dict[Any, str] = {
     getattr: "getattr", operator.matmul: "operator.matmul", torch.stack: "torch.stack", torch.sum: "torch.sum",
     torch.matmul: "torch.matmul", torch.softmax: "torch.softmax", F.softmax: "F.softmax",
     F.log_softmax: "F.log_softmax", torch.log_softmax: "torch.log_softmax",
-    F.normalize: "F.normalize", F.layer_norm: "F.layer_norm", 
+    F.normalize: "F.normalize", F.layer_norm: "F.layer_norm",
 }  # fmt: skip
 FUNCTION_NAMES = {name: function for function, name in FUNCTIONS.items()}
 METHODS = (

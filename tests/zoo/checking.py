@@ -135,7 +135,12 @@ def zeroed(model, slices):
     """Return a copy of ``model`` with the named slices along the first dimension zeroed."""
     twin = copy.deepcopy(model)
     for name, indices in slices.items():
-        twin.get_parameter(name).data[torch.as_tensor(np.asarray(indices))] = 0
+        owner, _, leaf = name.rpartition(".")
+        weight, index = twin.get_parameter(name).data, torch.as_tensor(np.asarray(indices))
+        if isinstance(layer := twin.get_submodule(owner), TRANSPOSED) and leaf == "weight":
+            weight.view(layer.groups, -1, *weight.shape[1:])[index // weight.shape[1], :, index % weight.shape[1]] = 0
+        else:
+            weight[index] = 0
     return twin
 
 
