@@ -150,9 +150,8 @@ def _names(model: nn.Module) -> dict[int, list[str]]:
     named: dict[int, list[str]] = defaultdict(list)
     for owner, module in model.named_modules():
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None:
-                continue
-            named[id(tensor)].append(f"{owner}.{leaf}" if owner else leaf)
+            if tensor is not None:
+                named[id(tensor)].append(f"{owner}.{leaf}" if owner else leaf)
     return named
 
 
