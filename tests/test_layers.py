@@ -21,7 +21,7 @@ BASE = {
     "optimizers",  # part of what compaction returns
     "benching",  # measures the kernels
 }  # fmt: skip
-KNOWS_THE_ORDER = {"__init__", "__main__", "pipeline", "demo", "cli"}
+KNOWS_THE_ORDER = {"__init__", "__main__", "pipeline", "demo", "cli", "testing"}
 STAGES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in BASE | KNOWS_THE_ORDER)
 
 
