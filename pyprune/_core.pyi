@@ -1,9 +1,28 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+def k_search(
+    x: npt.NDArray[np.float64],
+    k_min: int,
+    k_max: int,
+    n_init: int,
+    max_iter: int,
+    seed: int,
+    refine: bool,
+    variant: str,
+    threads: int,
+    progress: Callable[[int], object] | None,
+) -> tuple[
+    npt.NDArray[np.int32],
+    npt.NDArray[np.float64],
+    npt.NDArray[np.float64],
+    npt.NDArray[np.float64],
+    npt.NDArray[np.int32],
+    npt.NDArray[np.int32],
+]: ...
 def rank_variants() -> dict[str, str]: ...
 def rank(
     maps: npt.NDArray[np.floating] | npt.NDArray[np.uint16],

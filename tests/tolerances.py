@@ -56,3 +56,10 @@ QUADRATURE = 1e-7
 
 TABLE_ROUNDED = 5e-5
 """Half a unit of the fourth decimal, to which the numbers are given."""
+SILHOUETTE_GATE = 1e-9
+"""Silhouettes from one matrix of distances against distances from differences: what the kernel promises. Both take sums
+of at most a few hundred float64 numbers, 1e-16 each."""
+
+INERTIA = 1e-12
+"""Of rows times the squared diagonal of their box: inertia by sums of pairs against differences from the mean, a few
+hundred float64 operations; rows far from the origin lose what their offset takes, 2^20 of 2^53 squared in the test."""

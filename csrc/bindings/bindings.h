@@ -6,6 +6,7 @@
 
 namespace pyprune {
 
+void register_kmeans(pybind11::module_& module);
 void register_rank(pybind11::module_& module);
 void register_rank_cuda(pybind11::module_& module);
 void register_ssim(pybind11::module_& module);

@@ -2,6 +2,7 @@
 
 PYBIND11_MODULE(_core, module) {
   module.doc() = "Native kernels of pyprune.";
+  pyprune::register_kmeans(module);
   pyprune::register_rank(module);
   pyprune::register_rank_cuda(module);
   pyprune::register_ssim(module);

@@ -21,6 +21,29 @@ def matrix_rank(x: npt.ArrayLike, rtol: float | None = None) -> npt.NDArray[np.i
     return np.asarray((s > rtol * s[..., :1]).sum(axis=-1), np.int32)
 
 
+def silhouettes(x: npt.ArrayLike, labels: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Return (b - a) / max(a, b) for every row of x [F, C]: float64 [F], 0 for a row alone in its cluster.
+
+    ``a`` is the mean Euclidean distance to the others of the row's own cluster, ``b`` the least mean distance to the
+    members of another (thesis eq. 4.2 to 4.4).
+    """
+    rows = np.asarray(x, np.float64)
+    distances = np.stack([np.sqrt(np.square(rows - row).sum(axis=1)) for row in rows])
+    member = np.asarray(labels)[:, None] == np.unique(labels)  # [F, K]
+    sums, sizes = distances @ member, member.sum(axis=0)
+    own = sizes[np.nonzero(member)[1]]
+    a = sums[member] / np.maximum(own - 1, 1)
+    b = np.where(member, np.inf, sums / sizes).min(axis=1)
+    larger = np.maximum(a, b)
+    return np.where((own > 1) & (larger > 0), (b - a) / np.where(larger > 0, larger, 1), 0.0)
+
+
+def inertia(x: npt.ArrayLike, labels: npt.ArrayLike) -> float:
+    """Return the summed squared distances of the rows of x [F, C] to the means of their clusters (thesis eq. 4.1)."""
+    rows, own = np.asarray(x, np.float64), np.asarray(labels)
+    return float(sum(np.square(rows[own == k] - rows[own == k].mean(axis=0)).sum() for k in np.unique(own)))
+
+
 def ssim_scaled(
     w: npt.ArrayLike, eps: float, eps_absolute: float | None = None
 ) -> tuple[npt.NDArray[np.float64], float]:
