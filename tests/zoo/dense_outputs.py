@@ -82,12 +82,12 @@ class Pyramid(nn.Module):
 
 
 ENTRIES = [
-    Entry("U-Net, transposed", lambda: UNet(6, 2), (2, 3, 16, 16), 59, UNet, (1, 3, 64, 64), heads=("last",)),
+    Entry("U-Net, transposed", lambda: UNet(6, 2), (2, 3, 16, 16), 99, UNet, (1, 3, 64, 64), heads=("last",)),
     Entry(
         "U-Net, upsampled",
         lambda: UNet(6, 2, False),
         (2, 3, 16, 16),
-        78,
+        99,
         lambda: UNet(transposed=False),
         (1, 3, 64, 64),
         heads=("last",),

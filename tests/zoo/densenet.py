@@ -56,7 +56,7 @@ ENTRIES = [
         "DenseNet",
         lambda: DenseNet((2, 3), 6, 8, 2),
         (2, 3, 32, 32),
-        53,
+        99,
         lambda: DenseNet((6, 12, 24, 16), 32, 64),
     ),
 ]

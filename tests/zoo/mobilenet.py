@@ -131,33 +131,33 @@ B0 = (
 )  # fmt: skip
 SHAPE = (2, 3, 32, 32)
 ENTRIES = [
-    Entry("MobileNet v1", lambda: mobilenet1(6, (1, 2, 1)), SHAPE, 30, mobilenet1),
+    Entry("MobileNet v1", lambda: mobilenet1(6, (1, 2, 1)), SHAPE, 97, mobilenet1),
     Entry(
         "MobileNet v2",
         lambda: mobilenet2(((1, 8, 1, 1), (3, 8, 2, 1), (3, 12, 2, 2)), 8, 32),
         SHAPE,
-        40,
+        96,
         lambda: mobilenet2(V2),
     ),
     Entry(
         "MobileNet v3",
         lambda: mobilenet3(((3, 8, 8, 0, 0, 1), (3, 24, 12, 1, 0, 2), (5, 36, 12, 1, 1, 1)), 8, 24, 16),
         SHAPE,
-        41,
+        96,
         lambda: mobilenet3(V3),
     ),
     Entry(
         "EfficientNet",
         lambda: efficientnet(((1, 8, 1, 1, 3), (3, 12, 2, 2, 5)), 8, 24),
         SHAPE,
-        33,
+        96,
         lambda: efficientnet(B0),
     ),
     Entry(
         "EfficientNet, linear squeeze",
         lambda: efficientnet(((1, 8, 1, 1, 3), (3, 12, 2, 2, 5)), 8, 24, by_linear=True),
         SHAPE,
-        33,
+        96,
         lambda: efficientnet(B0, by_linear=True),
     ),
 ]

@@ -101,14 +101,15 @@ ENTRIES = [
         "ShuffleNet v1",
         lambda: ShuffleNet1((2, 2), 24, 12),
         (2, 3, 32, 32),
-        0,
+        35,
         lambda: ShuffleNet1((4, 8, 4), 240, 24),
+        run=2,
     ),
     Entry(
         "ShuffleNet v2",
         lambda: ShuffleNet2((2, 2), (16, 24), 8, 24),
         (2, 3, 32, 32),
-        18,
+        88,
         lambda: ShuffleNet2((4, 8, 4), (116, 232, 464)),
     ),
 ]
