@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pyprune.data import Splits
-    from pyprune.types import Compacted, Plan, PruneResult
+    from pyprune.types import ClassRanks, Compacted, Plan, PruneResult
 
 app = typer.Typer(
     help="Find the redundant filters of a convolutional network, remove them, and get back a slim one that "
@@ -38,10 +38,26 @@ Seed = Annotated[int, typer.Option(help="Seed of sampling, splitting and trainin
 Device = Annotated[str | None, typer.Option(help="Device to compute on, such as cpu or cuda:0.")]
 ImagesPerClass = Annotated[int, typer.Option(help="Images a class that are ranked.", min=1)]
 Taps = Annotated[str, typer.Option(help="Where maps are read: activation, norm or hrank.")]
-Method = Annotated[str, typer.Option(help="Criterion: crank or hrank.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="Criterion: crank, hrank, l1, l2, fpgm, cup, tvs, ckrm, bn_scale, taylor, random, or a plugin's."
+    ),
+]
 Rates = Annotated[
     str | None,
-    typer.Option(help='For hrank: one rate in [0, 1), rates like "[0.95]+[0.5]*6", or a plan file to take rates from.'),
+    typer.Option(help='Shares that go: one in [0, 1), a list like "[0.95]+[0.5]*6", or a plan file to take them from.'),
+]
+Budget = Annotated[
+    list[str] | None,
+    typer.Option(help="Most that the slim network may cost, as macs=0.5 or parameters=100000; repeatable."),
+]
+Ease = Annotated[float | None, typer.Option(help="For crank: from 0, its own selection, to 1, which removes nothing.")]
+Preset = Annotated[str | None, typer.Option(help="For crank: thesis_text or thesis_code.")]
+Coupled = Annotated[str, typer.Option(help="Score layers apart, or those whose channels leave together as joint.")]
+MinKeep = Annotated[int, typer.Option(help="Filters that stay in every layer at least.", min=1)]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="An option of the criterion, as threshold=0.5; repeatable.")
 ]
 Exclude = Annotated[list[str] | None, typer.Option(help="A convolution to leave alone; repeatable.")]
 Epochs = Annotated[int, typer.Option(help="Epochs of fine-tuning.", min=1)]
@@ -176,26 +192,53 @@ def rank(
 
 @app.command()
 def select(
-    ranks: Annotated[Path, typer.Option(help="Ranks that `pyprune rank` wrote.")],
+    ranks: Annotated[Path | None, typer.Option(help="Ranks that `pyprune rank` wrote, for crank and hrank.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Trained weights, for criteria other than these.")] = None,
     arch: Arch = None,
     model: Model = None,
+    data: Annotated[
+        str | None, typer.Option(help="Data, as for rank: for criteria that look at them, budgets and coupling.")
+    ] = None,
+    size: Size = None,
+    normalise: Normalise = None,
     out: Annotated[Path, typer.Option(help="File for the plan.")] = Path("plan.json"),
     method: Method = "crank",
     rates: Rates = None,
+    budget: Budget = None,
+    ease: Ease = None,
+    preset: Preset = None,
+    coupled: Coupled = "apart",
+    min_keep: MinKeep = 1,
+    settings: Settings = None,
     exclude: Exclude = None,
+    pictures: Annotated[Path | None, typer.Option(help="Folder for pictures of every step, layer by layer.")] = None,
+    device: Device = None,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Choose the filters that stay."""
-    from pyprune.selection import select as choose
+    """Choose the filters that stay, by any criterion: at given rates, at a budget, or at its own rate."""
+    from pyprune import criteria, files, selection, selection_plots
     from pyprune.types import ClassRanks
 
     _check_out(out)
-    found = ClassRanks.load(ranks)
-    network = _build(arch, model, found.num_classes)
-    plan = choose(network, method, ranks=found, rates=_rates(rates), exclude=tuple(exclude or ()))
+    if pictures is not None:
+        files.make_folder("--pictures", pictures)
+    criterion = criteria.find("select", method, _options(ease, preset, settings))
+    if weights is None and "ranks" not in criterion.needs:
+        raise ValueError(f"select: {method!r} looks at trained weights. Pass --weights.")
+    found = None if ranks is None else ClassRanks.load(ranks)
+    network, splits = _network_for_selection(arch, model, weights, data, found, seed, size=size, normalise=normalise)
+    known = {} if splits is None else {"data": _loaders(splits, seed)[3], "example_inputs": splits.train[0][0][None]}
+    plan = selection.select(
+        network, criterion, ranks=found, rates=_rates(rates), budget=_pairs("--budget", budget),
+        exclude=tuple(exclude or ()), coupled=coupled, min_keep=min_keep, device=device, **known,
+    )  # fmt: skip
     plan.save(out)
+    drawn = [] if pictures is None else selection_plots.plot_selection(plan, pictures, found)
+    written = ", ".join(map(str, [out, *drawn]))
     rows = _plan_rows(plan)
-    _show({f"Plan by {method}": rows}, {"written": str(out)}, {"layers": rows, "out": str(out)}, as_json)
+    payload = {"layers": rows, "out": str(out), "pictures": [str(path) for path in drawn], **_met(plan)}
+    _show({f"Plan by {method}": rows}, {**_met_lines(plan), "written": written}, payload, as_json)
 
 
 @app.command()
@@ -300,6 +343,12 @@ def prune(
     taps: Taps = "activation",
     method: Method = "crank",
     rates: Rates = None,
+    budget: Budget = None,
+    ease: Ease = None,
+    preset: Preset = None,
+    coupled: Coupled = "apart",
+    min_keep: MinKeep = 1,
+    settings: Settings = None,
     exclude: Exclude = None,
     residual: Residual = "scatter",
     finetune_on: Annotated[str, typer.Option(help="Fine-tune the slim or the masked network.")] = "slim",
@@ -312,17 +361,40 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Rank, select, fine-tune and compact in one go; a stopped run goes on from what its folder holds."""
-    from pyprune import pipeline
+    from pyprune import criteria, pipeline
 
+    options = _options(ease, preset, settings)
+    criterion = criteria.find("prune", method, options) if options else method
     network, splits = _network(arch, model, weights, data, seed, size=size, normalise=normalise)
     train, val, test, ranking = _loaders(splits, seed)
     result = pipeline.prune(
         network, train, val, test=test, ranking=ranking, num_classes=len(splits.classes),
-        images_per_class=images_per_class, taps=taps, method=method, rates=_rates(rates), exclude=tuple(exclude or ()),
+        images_per_class=images_per_class, taps=taps, method=criterion, rates=_rates(rates),
+        exclude=tuple(exclude or ()),
         residual=residual, finetune_on=finetune_on,  # type: ignore[arg-type]  # checked by prune
         epochs=epochs, steps=steps, lr=lr, device=device, folder=out, fresh=fresh, seed=seed,
+        budget=_pairs("--budget", budget), coupled=coupled, min_keep=min_keep,
     )  # fmt: skip
     _show_result(result, out, as_json)
+
+
+@app.command()
+def fairness(
+    before: Annotated[Path, typer.Argument(help="An evaluation of the original, as `pyprune prune` leaves it.")],
+    after: Annotated[Path, typer.Argument(help="An evaluation of the pruned network on the same images.")],
+    out: Annotated[Path | None, typer.Option(help="File for the result, as JSON.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what pruning did to each class: equalised opportunity and odds, correlations, excessive loss."""
+    from pyprune.equity import fairness as judge
+    from pyprune.types import Evaluation
+
+    if out is not None:
+        _check_out(out)
+    found = judge(Evaluation.load(before), Evaluation.load(after))
+    if out is not None:
+        found.save(out)
+    _print_json(found.to_json()) if as_json else typer.echo(str(found))
 
 
 @app.command()
@@ -492,6 +564,66 @@ def _rates(text: str | None) -> Any:
         return float(text)
     except ValueError:
         return Plan.load(text) if Path(text).is_file() else text
+
+
+def _options(ease: float | None, preset: str | None, settings: list[str] | None) -> dict[str, Any]:
+    """Return the options of the criterion that were given."""
+    given = {"ease": ease, "preset": preset, **(_pairs("--set", settings) or {})}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _pairs(option: str, texts: list[str] | None) -> dict[str, Any] | None:
+    """Return name=value pairs; what is no number, true, false or null is text."""
+    if not texts:
+        return None
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"{option}: needs name=value; got {text!r}.")
+        try:
+            found[name.replace("-", "_")] = json.loads(value)
+        except ValueError:
+            found[name.replace("-", "_")] = value
+    return found
+
+
+def _network_for_selection(
+    arch: str | None, model: str | None, weights: Path | None, data: str | None, ranks: ClassRanks | None, seed: int,
+    **options: Any,
+) -> tuple[nn.Module, Splits | None]:  # fmt: skip
+    """Build the network, with weights if there are any; open the data if they are named or needed to build it."""
+    from pyprune.data import open_data
+
+    if weights is not None:
+        return _network(arch, model, weights, data or "digits", seed, **options)
+    _check_choice(arch, model)
+    splits = None if data is None else open_data(data, seed=seed, **options)
+    if ranks is None and splits is None:
+        raise ValueError("select: needs --ranks, which `pyprune rank` writes.")
+    return _build(arch, model, len(splits.classes) if splits else ranks.num_classes if ranks else 0), splits
+
+
+def _met(plan: Plan) -> dict[str, Any]:
+    return {name: plan.options[name] for name in ("budget", "coupling") if name in plan.options}
+
+
+def _met_lines(plan: Plan) -> dict[str, str]:
+    """Say how a budget was met and what coupling costs."""
+    met = _met(plan)
+    lines = {
+        f"budget of {name}": f"{found['reached']:,} of {found['of']:,}, {found['allowed']:,.0f} allowed"
+        for name, found in met.get("budget", {}).items()
+    }
+    if coupling := met.get("coupling"):
+        (old, new), stays = coupling["macs"], coupling["stays"]
+        lines["MACs an image"] = f"{old:,} > {new:,}"
+        if stays:
+            lines["coupling"] = (
+                f"{stays} planned filters leave a channel behind that other branches keep; without indexed additions "
+                f"{coupling['macs_intersect']:,} MACs would stay"
+            )
+    return lines
 
 
 def _plan_rows(plan: Plan, kept: Any = None) -> list[dict[str, Any]]:

@@ -15,13 +15,14 @@ from torch import nn
 
 from pyprune import files
 from pyprune.compaction import compact
+from pyprune.criteria import Criterion
 from pyprune.export import save_slim
 from pyprune.finetuning import finetune
 from pyprune.masks import mask_
 from pyprune.measure import evaluate
 from pyprune.ranks import rank_filters
 from pyprune.reporting import report
-from pyprune.selection import select
+from pyprune.selection import check_method, select
 from pyprune.types import ClassRanks, Evaluation, Plan, PruneResult
 
 RUN = "pyprune.run"
@@ -38,7 +39,7 @@ def prune(
     num_classes: int | None = None,
     images_per_class: int = 50,
     taps: str = "activation",
-    method: str = "crank",
+    method: str | Criterion = "crank",
     rates: Any = None,
     exclude: Sequence[str] = (),
     residual: Literal["scatter", "intersect", "union"] = "scatter",
@@ -52,6 +53,7 @@ def prune(
     seed: int = 0,
     log: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
+    **selection: Any,
 ) -> PruneResult:
     """Prune ``model`` from end to end and return the slim network with everything learnt on the way.
 
@@ -69,7 +71,7 @@ def prune(
     images_per_class, taps
         Images a class that are ranked (thesis: 50, and 10 for ImageNet), and where their maps are read.
     method, rates, exclude
-        As for :func:`pyprune.select`.
+        As for :func:`pyprune.select`. Criteria that look at data are given ``ranking``.
     residual
         What happens where branches are added; see :func:`pyprune.compact`.
     finetune_on
@@ -88,6 +90,8 @@ def prune(
         For the sample of images and the order of training.
     log
         Receives one row per epoch of fine-tuning.
+    **selection
+        More for :func:`pyprune.select`: ``budget``, ``coupled``, ``min_keep``, and options of the criterion.
 
     Raises
     ------
@@ -97,11 +101,12 @@ def prune(
     """
     if finetune_on not in ("slim", "masked"):
         raise ValueError(f'prune: finetune_on must be "slim" or "masked"; got {finetune_on!r}.')
+    criterion, chosen = check_method("prune", method, selection)
     settings = {
         "weights": files.fingerprint(model.state_dict()), "images_per_class": images_per_class, "taps": taps,
-        "method": method, "rates": rates.to_json()["keep"] if isinstance(rates, Plan) else rates,
+        "method": criterion.name, "rates": rates.to_json()["keep"] if isinstance(rates, Plan) else rates,
         "exclude": sorted(exclude), "residual": residual, "finetune_on": finetune_on, "epochs": epochs, "steps": steps,
-        "lr": lr, "seed": seed,
+        "lr": lr, "seed": seed, "selection": chosen,
     }  # fmt: skip
     run = _Run(folder, settings, fresh)
     place: dict[str, Any] = {"device": device, "progress": progress}
@@ -127,7 +132,10 @@ def prune(
         )  # fmt: skip
 
     def choose() -> Plan:
-        return select(model, method, ranks=ranks, rates=rates, exclude=exclude, progress=progress)
+        return select(
+            model, method, ranks=ranks, data=train if ranking is None else ranking, example_inputs=example, rates=rates,
+            exclude=exclude, **place, **selection,
+        )  # fmt: skip
 
     scores: dict[str, Evaluation] = {}
     example = _example(train)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -365,6 +366,20 @@ def _check_known(names: Iterable[str], filters: Mapping[str, int], exclude: Iter
             near = difflib.get_close_matches(str(name), filters, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"select: rates names {name!r}, of which there are no scores.{hint}")
+
+
+def check_method(who: str, method: str | Criterion, given: Mapping[str, Any]) -> tuple[Criterion, dict[str, Any]]:
+    """Return the criterion that :func:`select` takes for these arguments, and a record of all that is not by default.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As :func:`select` does, if there is no such criterion or it has no such option.
+    """
+    own = inspect.signature(select).parameters
+    criterion = criteria.find(who, method, {name: value for name, value in given.items() if name not in own})
+    record = {name: value for name, value in given.items() if name in own and value != own[name].default}
+    return criterion, {**record, **criteria.settings(criterion)}
 
 
 def _check_together(criterion: Criterion, rates: Any, budget: Any, options: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ BASE = {
     "features", "sampling", "aliases", "overlap",  # parts of ranking
     "slimfile", "slimcalls", "slimrun", "slimreading", "slimsource",  # the slim folder
     "clustering", "redundancy_plots", "resizing",  # parts of one stage each
-    "criteria", "budgets", "coupling",  # parts of selection
+    "criteria", "budgets", "coupling", "selection_plots",  # parts of selection
     "optimizers",  # part of what compaction returns
     "benching",  # measures the kernels
 }  # fmt: skip
