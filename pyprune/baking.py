@@ -36,6 +36,11 @@ def check_model(who: str, model: nn.Module) -> None:
                 f"{who}: {name!r} is a quantised {type(module).__name__}, whose weights cannot be cut. "
                 "Compact the model in floating point, then quantise the slim one."
             )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{who}: {name or 'the model'!r} is compiled by torch.jit, which nothing can look into. Pass the model "
+                "from before torch.jit.script or torch.jit.trace."
+            )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise ValueError(

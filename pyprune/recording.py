@@ -43,7 +43,7 @@ _HARMLESS = frozenset({
     "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "get_device", "type",
     "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_inference", "is_same_size", "is_pinned",
     "is_shared", "is_conj", "is_neg", "has_names", "get_default_dtype", "result_type", "can_cast", "__len__",
-    "__hash__", "__repr__", "__format__", "__dir__", "is_set_to", "is_storage", "is_tensor", "__get__",
+    "__hash__", "__repr__", "__format__", "__dir__", "is_set_to", "is_storage", "is_tensor", "size", "__get__",
 })  # fmt: skip
 """Calls on a tensor that read none of its values, or only to show them; ``__get__`` is any attribute."""
 
@@ -500,6 +500,13 @@ class _Recorder:
             return result
         if name == "__setitem__":
             return self._assign(args, line)
+        if name in _HARMLESS:
+            result = function(*args, **kwargs)
+            if not _tensors_in(result):
+                return self._read(function, name, args, result, line)
+            nodes = (self.argument(args[0]), _attribute(function))
+            self.note("call_function", getattr, nodes, {}, result, [], line)
+            return result
         versions = _versions((args, kwargs))
         nodes, named = self.argument(args), self.argument(kwargs)
         self.inside = True
@@ -508,8 +515,6 @@ class _Recorder:
         if not _tensors_in(result):
             return self._read(function, name, args, result, line)
         op, target, nodes = _spelled(function, name, nodes)
-        if name == "__get__":
-            target, nodes = getattr, (nodes[0], _attribute(function))
         self.note(op, target, nodes, named, result, versions, line)
         return result
 
@@ -670,7 +675,10 @@ class _Recorder:
         if id(tensor) in self.attributes:
             return self.create("get_attr", self.attributes[id(tensor)], (), {}, _line())
         if isinstance(tensor, nn.Parameter):
-            self.refuse(f"{_line()} uses a parameter of {list(tensor.shape)} that no module of the network holds.")
+            self.refuse(
+                f"{_line()} uses a parameter of {list(tensor.shape)} that no module of the network holds; functions "
+                "that are stored in a model keep the layers of the original. Call layers that are attributes of modules."
+            )
         self.held.append(tensor)
         return self.create("call_function", _Constant(tensor), (), {}, _line())
 
