@@ -2,8 +2,8 @@
 
 torch.fx runs ``forward`` on proxies, so that control flow on shapes, assertions and loops over sizes stop it. Here
 ``forward`` runs on the example inputs, and every call of torch that it makes is written down under the name it was
-called by, with layers as leaves: the graph has the words of a trace, and compaction reads it like one. Only the sizes
-of images and the numbers of channels stay symbolic; those of space are numbers.
+called by, with layers as leaves: the graph has the words of a trace, and compaction reads it like one. Numbers of
+images and of channels stay symbolic; sizes of space do so in views only, and are numbers elsewhere, say in paddings.
 
 Whatever depends on the *values* of a tensor is refused, by its line. (torch.export refuses the same, but its graphs
 hold operations of ATen in which sizes that follow the layers look like sizes that are written out; those that are
@@ -85,10 +85,14 @@ class _Constant:
 
 
 class _Size(int):
-    """A number of images or channels, or what is computed from some by whole numbers, and the node that it becomes."""
+    """A size of a tensor, or what is computed from some by whole numbers, and the node that it becomes.
+
+    ``space`` says that it counts neither images nor channels.
+    """
 
     node: Callable[[], fx.Node]
     recorder: _Recorder
+    space: bool
 
     def _combined(self, function: Any, other: Any, turned: bool = False) -> Any:
         if type(other) not in (int, _Size):
@@ -96,7 +100,8 @@ class _Size(int):
         first, second = (other, self) if turned else (self, other)
         return self.recorder.size(
             function(int(first), int(second)),
-            lambda: self.recorder.number(function, tuple(self.recorder.argument(one) for one in (first, second))),
+            lambda: self.recorder.number(function, tuple(_symbol(one) for one in (first, second))),
+            all(one.space for one in (first, second) if isinstance(one, _Size)),
         )
 
     def __add__(self, other: Any) -> Any:
@@ -412,6 +417,7 @@ class _Recorder:
     depth: int = 0
     refusal: ValueError | None = None
     inside: bool = False
+    moves: bool = False  # whether the call is a view, which gets sizes of space as symbols too
 
     def __post_init__(self) -> None:
         self.names = {module: name for name, module in self.model.named_modules()}
@@ -507,9 +513,9 @@ class _Recorder:
             nodes = (self.argument(args[0]), _attribute(function))
             self.note("call_function", getattr, nodes, {}, result, [], line)
             return result
-        versions = _versions((args, kwargs))
+        versions, self.moves = _versions((args, kwargs)), name in ops.MOVE_METHODS
         nodes, named = self.argument(args), self.argument(kwargs)
-        self.inside = True
+        self.inside, self.moves = True, False
         result = function(*args, **kwargs)
         self.inside = False
         if not _tensors_in(result):
@@ -541,13 +547,13 @@ class _Recorder:
         self.reads.append((len(self.graph.nodes), node, line))
 
         def sized(index: int, value: int) -> int:
-            return self.size(value, lambda: self.number("size", (node, index))) if index < 2 else value
+            return self.size(value, lambda: self.number("size", (node, index)), index > 1)
 
         if isinstance(result, torch.Size):
             return torch.Size([sized(i, int(one)) for i, one in enumerate(result)])
         return sized(int(dim) % tensor.ndim, int(result))
 
-    def size(self, value: int, make: Callable[[], fx.Node]) -> _Size:
+    def size(self, value: int, make: Callable[[], fx.Node], space: bool) -> _Size:
         """Return a number that becomes a node when a call is given it."""
         made: list[fx.Node] = []
 
@@ -558,7 +564,7 @@ class _Recorder:
             return made[0]
 
         found = _Size(value)
-        found.node, found.recorder = node, self
+        found.node, found.recorder, found.space = node, self, space
         return found
 
     def number(self, function: Any, args: tuple[Any, ...]) -> fx.Node:
@@ -641,7 +647,7 @@ class _Recorder:
         if isinstance(value, torch.Tensor):
             return self._node(value)
         if isinstance(value, _Size):
-            return value.node()
+            return int(value) if value.space and not self.moves else value.node()
         if isinstance(value, tuple):
             return tuple(self.argument(one) for one in value)
         if isinstance(value, list):
@@ -676,11 +682,15 @@ class _Recorder:
             return self.create("get_attr", self.attributes[id(tensor)], (), {}, _line())
         if isinstance(tensor, nn.Parameter):
             self.refuse(
-                f"{_line()} uses a parameter of {list(tensor.shape)} that no module of the network holds; functions "
-                "that are stored in a model keep the layers of the original. Call layers that are attributes of modules."
+                f"{_line()} uses a parameter of {list(tensor.shape)} that no module of the network holds. "
+                "Functions that are stored in a model keep the layers of the original: call attributes of modules."
             )
         self.held.append(tensor)
         return self.create("call_function", _Constant(tensor), (), {}, _line())
+
+
+def _symbol(value: int) -> Any:
+    return value.node() if isinstance(value, _Size) else value
 
 
 class _Calls(TorchFunctionMode):

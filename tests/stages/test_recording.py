@@ -434,7 +434,7 @@ READS = r"reads values of a tensor \(({})\), so that what it does depends on the
 REFUSED = {
     Values: READS.format("__bool__"), Item: READS.format("item"), Hidden: READS.format("__float__"),
     Data: "replaces the data of a tensor", Foreign: r"uses a parameter of \[8, 8, 1, 1\] that no module",
-    Captured: "functions that are stored in a model keep the layers of the original",
+    Captured: "Functions that are stored in a model keep the layers of the original",
     Noise: "computes something else than the calls of torch that were recorded",
     Counting: "computes something else than the calls of torch that were recorded",
     Set: "must return tensors, in tuples, lists, dictionaries and dataclasses; got set",
@@ -637,6 +637,8 @@ def test_the_zoo_under_its_own_forward(name):
     expected, found = (recording.tensors(one.eval()(other)) for one in (masked(model, plan), slim.model))
     for one, want in zip(found, expected, strict=True):
         assert (one - want).abs().max() <= COMPACTED_FLOAT64 * max(1, want.abs().max())
+    recorded = recording.record("test", copy.deepcopy(model).eval(), [x]).graph
+    assert str(graph.follow_masks(model, plan, recorded)) == str(graph.follow_masks(model, plan, graph.trace(model)))
     graphs = pp.compact(model, plan, x, residual="intersect", latency=False, verify=False)
     literal = any("written out" in why for reasons in slim.kept.values() for why in reasons.values())
     assert (slim.after.parameters > graphs.after.parameters) == literal
