@@ -482,9 +482,11 @@ def _zero(model: nn.Module, dead: Mapping[str, IntArray]) -> None:
 def _adopted(model: nn.Module, channels: Channels) -> nn.Module:
     """Return a copy of ``model`` with cut layers: whatever refers to a layer refers to the cut one."""
     memo: dict[int, Any] = {}
+    parts: dict[str, Any] = {}
     for name, module in model.named_modules():
         if name in channels.filters or name in channels.inputs:
-            memo[id(module)] = _cut(name, module, channels, memo)
+            parts[name] = memo[id(module)] = _cut(name, module, channels, memo)
+    _tie(model, parts)
     for name in channels.parameters:
         owner, _, leaf = name.rpartition(".")
         tensor = getattr(model.get_submodule(owner), leaf)

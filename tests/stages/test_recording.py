@@ -156,6 +156,26 @@ class Gate(Net):
         return self.head(x * gate) if n else x
 
 
+class Reused(Net):
+    def forward(self, x):
+        x = self.first(x)
+        for _ in range(2 if len(x) else 0):
+            x = F.relu(self.nb(self.b(x)))
+        return self.head(x)
+
+
+class Tied(Net):
+    """Two convolutions with one weight, and biases of their own."""
+
+    def __init__(self):
+        super().__init__(c=nn.Conv2d(8, 8, 3, padding=1), nc=nn.BatchNorm2d(8))
+        self.c.weight = self.b.weight
+
+    def forward(self, x):
+        x = self.first(x) if len(x) else x
+        return self.head(self.second(x) + F.relu(self.nc(self.c(x))))
+
+
 WHOLE = [ShapeBranch, Asserts, SizeLoop, Checkpointed, Arguments, Dataclass, Flattened, Parameters, InList, Gate]
 """In these forward needs no edit, whatever leaves."""
 
@@ -287,6 +307,15 @@ def test_what_is_written_out_stays_and_the_line_is_named(net):
     assert slim.model.b.out_channels == 3
 
 
+def test_layers_that_run_twice_or_share_weights_are_cut_once():
+    slim = exact(built(Reused), Plan({"a": [0, 4, 6], "b": [0, 4, 6]}))
+    assert (slim.model.a.out_channels, slim.model.b.in_channels, slim.model.b.out_channels) == (3, 3, 3)
+    slim = exact(built(Tied), Plan({"a": [0, 4], "b": [1, 2, 3], "c": [1, 2, 3]}))
+    assert slim.model.c.weight is slim.model.b.weight
+    assert slim.model.c.weight.shape == (3, 2, 3, 3)
+    assert slim.kept == {}
+
+
 @pytest.mark.parametrize("residual", ["scatter", "intersect", "union"])
 @pytest.mark.parametrize("net", [Shortcut, OptionA])
 def test_branches_are_added_as_forward_adds_them(net, residual):
@@ -328,7 +357,7 @@ def test_rounding_brings_channels_back():
 
 @settings(deadline=None, max_examples=25)
 @given(
-    st.sampled_from([*WHOLE, *PINNED, Shortcut, OptionA]),
+    st.sampled_from([*WHOLE, *PINNED, Shortcut, OptionA, Reused, Tied]),
     st.integers(0, 2**16),
     st.floats(0.1, 0.95),
     st.sampled_from(["scatter", "union"]),
