@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,7 +21,8 @@ _FRESH_MODULES = frozenset(
 )
 _SAME_MODULES = frozenset(
     {*operations.DROPOUTS, *operations.MAX_POOLS, *operations.AVG_POOLS, *operations.ADAPTIVE_AVG_POOLS}
-    | {*operations.UPSAMPLES, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle}
+    | {*operations.LP_POOLS, *operations.PADS, *operations.UPSAMPLES}
+    | {nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle}
 )
 
 # Functions and methods by their plain names: F.relu, torch.relu and x.relu() are one; x.relu_() is named apart.
@@ -29,7 +31,7 @@ _FRESH_NAMES = frozenset(
     | {"prelu", "rrelu", "clip", "softmax", "log_softmax", "batch_norm", "instance_norm", "group_norm", "layer_norm"}
     | {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "matmul"}
     | {"add", "sub", "mul", "truediv", "div", "neg", "pow", "exp", "sqrt", "mean", "sum", "amax", "max", "min"}
-    | {"size", "dim", "cat", "concat", "concatenate", "stack"}
+    | {"maximum", "minimum", "size", "dim", "cat", "concat", "concatenate", "stack"}
 )
 _SAME_NAMES = frozenset(
     {label.rpartition(".")[2] for label in operations.DROPOUT_FUNCTIONS.values()}
@@ -57,23 +59,46 @@ def lasting(model: nn.Module, traced: fx.Graph, names: Iterable[str]) -> set[str
     class and the class holds neither an input nor an output of the graph, which belong to the caller. Modules with
     hooks are unknown operations, since hooks may do anything.
     """
+    order, kinds, classes, writes = _follow(model, traced)
+    last = {
+        found: max(len(order) if node.op in _OUTSIDE else order[node] for node in nodes)
+        for found, nodes in writes.items()
+    }
+    wanted = set(names)
+    return {
+        node.name for node in traced.nodes
+        if node.name in wanted and kinds[node] != UNKNOWN and last.get(classes.find(node), -1) <= order[node]
+    }  # fmt: skip
+
+
+def written_later(model: nn.Module, traced: fx.Graph) -> set[str]:
+    """Return the nodes whose memory a later operation writes to, or may, as an unknown one that reads it."""
+    order, _, classes, writes = _follow(model, traced)
+    last = {
+        found: max((order[node] for node in nodes if node.op not in _OUTSIDE), default=-1)
+        for found, nodes in writes.items()
+    }
+    return {node.name for node in traced.nodes if last.get(classes.find(node), -1) > order[node]}
+
+
+_OUTSIDE = ("placeholder", "get_attr", "output")  # what belongs to the caller, who may do anything
+
+
+def _follow(
+    model: nn.Module, traced: fx.Graph
+) -> tuple[dict[fx.Node, int], dict[fx.Node, str], _Classes, dict[fx.Node, list[fx.Node]]]:
+    """Return the place and kind of each node, which nodes may share memory, and those that write to each class."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    classes = _Classes()
+    classes, writes = _Classes(), defaultdict(list)
     order = {node: i for i, node in enumerate(traced.nodes)}
     kinds = {node: _kind(node, modules) for node in traced.nodes}
     for node, kind in kinds.items():
         for used in _shared(node, kind):
             classes.join(node, used)
-    last_write: dict[fx.Node, int] = {}
     for node, kind in kinds.items():
         if kind in (WRITES, UNKNOWN):
-            at = len(order) if node.op in ("placeholder", "get_attr", "output") else order[node]
-            last_write[classes.find(node)] = max(at, last_write.get(classes.find(node), -1))
-    wanted = set(names)
-    return {
-        node.name for node in traced.nodes
-        if node.name in wanted and kinds[node] != UNKNOWN and last_write.get(classes.find(node), -1) <= order[node]
-    }  # fmt: skip
+            writes[classes.find(node)].append(node)
+    return order, kinds, classes, writes
 
 
 class _Classes:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +30,7 @@ from torch import fx, nn
 from pyprune import graph as graphs
 from pyprune import operations as ops
 from pyprune import views
+from pyprune.aliases import written_later
 from pyprune.types import FloatArray, IntArray
 
 BoolArray = npt.NDArray[np.bool_]
@@ -100,11 +102,15 @@ class Sum:
 
 @dataclass(frozen=True, eq=False)
 class Pad:
-    """A padding of channels: the slots before and after those of the tensor, and the number of its dimensions."""
+    """A padding of channels: the slots before and after those of the tensor, and the number of its dimensions.
+
+    With ``copies`` the tensor is overwritten later on, so that without padding a copy must be left.
+    """
 
     before: IntArray
     after: IntArray
     ndim: int
+    copies: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +118,7 @@ class Slice:
     """A slice: the slots of the tensor that is sliced, which of them are taken, in order, and the whole index.
 
     ``base`` names the node that is sliced, if it is not the one before.
+    With ``copies`` the tensor is overwritten later on, so that what is copied must not become a view of it.
     """
 
     source: IntArray
@@ -119,6 +126,7 @@ class Slice:
     index: tuple[slice, ...]
     base: str = ""
     dim: int = 1
+    copies: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,6 +324,11 @@ class _Walk:
     def own_slots(self, name: str) -> IntArray:
         """Return the slots [F] of the filters of a layer."""
         return np.arange(self.counts[name]) + self.first[name]
+
+    @cached_property
+    def rewritten(self) -> set[str]:
+        """The nodes whose tensors are overwritten later on."""
+        return written_later(self.model, self.graph)
 
     def step(self, node: fx.Node) -> Found:
         """Return what ``node`` yields, after pinning or tying what it reads."""
@@ -567,14 +580,15 @@ class _Walk:
         stays = needed | (self.pinned > 0)
         while (new := np.flatnonzero(stays[by] & ~stays[held])).size:
             stays[held[new]] = True
-        # A sum that is alive is so because a filter is, and that is what explains it: filters come first.
-        own = self.alive & (np.arange(len(stays)) < self.filters)
-        origins = np.where(stays & (own | (self.pinned > 0)), np.arange(len(stays)), -1)
-        through = np.full(len(origins), -1)
-        for _ in range(2):
+        # A sum that is alive is so because a filter is, and that is what explains it: filters come first. What is
+        # needed and no filter's, say the difference of a parameter and nothing, explains itself.
+        places = np.arange(len(stays))
+        own = self.alive & (places < self.filters)
+        origins, through = np.full(len(stays), -1), np.full(len(stays), -1)
+        for seeds in (own | (self.pinned > 0), needed):
+            origins = np.where(stays & seeds & (origins < 0), places, origins)
             while (new := np.flatnonzero((origins[by] >= 0) & (origins[held] < 0))).size:
                 origins[held[new]], through[held[new]] = origins[by[new]], which[new]
-            origins = np.where(stays & (origins < 0), np.arange(len(stays)), origins)
         return origins, through
 
     def _classes(self, ties: list[_Hold]) -> IntArray:
@@ -747,7 +761,7 @@ def _in_place(walk: _Walk, node: fx.Node) -> bool:
     if node.op == "call_module":
         return bool(getattr(walk.modules[str(node.target)], "inplace", False))
     title = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return bool(node.kwargs.get("inplace")) or title.endswith("_") or title == "iadd"
+    return bool(node.kwargs.get("inplace")) or title.endswith("_") or node.target in ops.IN_PLACE_FUNCTIONS
 
 
 @_handles("call_module", *ops.DROPOUTS, *ops.ADAPTIVE_AVG_POOLS, *ops.UPSAMPLES)
@@ -791,7 +805,8 @@ def _view(walk: _Walk, node: fx.Node) -> Found:
     if taken is None:
         walk.pin(at.value, f"is rearranged by {node.name} together with other dimensions")
         return value
-    walk.slices[node.name] = Slice(at.value.slots, taken, (slice(None),) * len(after), at.node.name)
+    copies = node.name in walk.rewritten and not np.array_equal(taken, np.arange(len(at.value.slots)))
+    walk.slices[node.name] = Slice(at.value.slots, taken, (slice(None),) * len(after), at.node.name, copies=copies)
     return value
 
 
@@ -915,6 +930,8 @@ def _slice(walk: _Walk, node: fx.Node, value: Value) -> Value | None:
     if index is None or len(node.all_input_nodes) > 1 or value.dim != 1:
         return walk.pin_reads(node, "feeds an indexing, which pyprune does not know")
     taken = np.arange(len(value.slots))[index[1]]
+    if node.name in walk.rewritten and index[1].step not in (None, 1):  # a view that may have to become a copy
+        return walk.pin_reads(node, f"is overwritten while {node.name}, a view of it, is read")
     walk.slices[node.name] = Slice(value.slots, taken, index)
     return Value(value.slots[taken], value.constants[taken])
 
@@ -932,7 +949,7 @@ def _pad(walk: _Walk, node: fx.Node) -> Value | None:
     if not any(padding.channels):
         return value
     before, after = (walk.make(node.name, np.full(count, padding.value)) for count in padding.channels)
-    walk.pads[node.name] = Pad(before.slots, after.slots, len(walk.shapes[node]))
+    walk.pads[node.name] = Pad(before.slots, after.slots, len(walk.shapes[node]), node.name in walk.rewritten)
     parts = (before, value, after)
     return Value(np.concatenate([p.slots for p in parts]), np.concatenate([p.constants for p in parts]))
 
@@ -1172,7 +1189,7 @@ def _index_select(walk: _Walk, node: fx.Node) -> Value | None:
 
 
 def _taken(walk: _Walk, node: fx.Node, value: Value, taken: IntArray, index: tuple[slice, ...]) -> Value:
-    walk.slices[node.name] = Slice(value.slots, taken, index)
+    walk.slices[node.name] = Slice(value.slots, taken, index, copies=node.name in walk.rewritten)
     return Value(value.slots[taken], value.constants[taken])
 
 

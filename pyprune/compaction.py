@@ -202,6 +202,7 @@ class _Network:
             self.own_forward = error.reason
         else:
             self.shapes, outputs = _shapes(who, model, self.graph, inputs)
+            _write_methods(self.graph, self.shapes)
             if not _is_faithful(model, outputs, inputs):
                 self.own_forward = "torch.fx follows another way through forward than tensors take"
         if self.own_forward:
@@ -431,6 +432,17 @@ def _unaccepted(who: str, model: nn.Module, inputs: tuple[torch.Tensor, ...], er
         f"{who}: {type(model).__name__} does not accept example_inputs of {came} ({reason}). "
         "Pass one batch, as the model's forward takes it."
     )
+
+
+def _write_methods(graph: fx.Graph, shapes: Mapping[fx.Node, Any]) -> None:
+    """Write ``a += b`` as what it is: a method of tensors, and a plain sum of numbers, which are never changed."""
+    for node in graph.nodes:
+        if node.target in ops.IN_PLACE_FUNCTIONS:
+            method, plain = ops.IN_PLACE_FUNCTIONS[node.target]
+            if isinstance(shapes.get(node), tuple):
+                node.op, node.target = "call_method", method
+            else:
+                node.target = plain
 
 
 def _to_bring_back(channels: Channels, round_to: int) -> dict[str, set[int]]:

@@ -71,7 +71,7 @@ def trace(model: nn.Module, who: str = "trace", *, training: bool = False) -> fx
     flags = {module: module.training for module in model.modules()}
     model.train(training)
     try:
-        return fx.Tracer().trace(model)
+        return _Tracer().trace(model)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise TraceError(
@@ -82,6 +82,30 @@ def trace(model: nn.Module, who: str = "trace", *, training: bool = False) -> fx
     finally:
         for module, training in flags.items():
             module.training = training
+
+
+class _Proxy(fx.Proxy):
+    """Traces ``a += b`` as what it is: torch.fx makes a sum of it, and whoever reads ``a`` later gets the old one."""
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._written(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._written(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._written(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._written(operator.itruediv, other)
+
+    def _written(self, function: Any, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
 
 def convolutions(model: nn.Module) -> dict[str, Convolution]:

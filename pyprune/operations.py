@@ -123,6 +123,11 @@ PRODUCT_FUNCTIONS: dict[Any, str] = {
 }  # fmt: skip
 """Of two tensors entry by entry: the channels of both and of the result go together."""
 PRODUCT_METHODS = MUL_METHODS | {"div", "div_", "maximum", "minimum"}
+IN_PLACE_FUNCTIONS: dict[Any, tuple[str, Any]] = {
+    operator.iadd: ("add_", operator.add), operator.isub: ("sub_", operator.sub),
+    operator.imul: ("mul_", operator.mul), operator.itruediv: ("div_", operator.truediv),
+}  # fmt: skip
+"""Python's ``a += b`` and what it is for tensors, a method, and for numbers, another operation."""
 COUNT_FUNCTIONS: dict[Any, str] = {operator.floordiv: "operator.floordiv"}
 CAT_FUNCTIONS: dict[Any, str] = {
     torch.cat: "torch.cat", torch.concat: "torch.concat", torch.concatenate: "torch.concatenate",

@@ -60,8 +60,8 @@ class Rewiring:
             self._view(nodes[name], view, nodes)
         for name, found in self.channels.sums.items():
             self._sum(nodes[name], found)
-        for node in reversed(self.graph.nodes):  # what nothing needs any more
-            if node.name in used and node.op != "placeholder" and not node.users:
+        for node in reversed(self.graph.nodes):  # numbers and tensors of places that nothing needs any more
+            if node.name in used and not node.users and (node.op == "get_attr" or _is_number(node)):
                 self.graph.erase_node(node)
 
     def _sum(self, node: fx.Node, found: Sum) -> None:
@@ -106,6 +106,9 @@ class Rewiring:
             kwargs = {key: value for key, value in node.kwargs.items() if key != "pad"}
             node.args, node.kwargs = (node.all_input_nodes[0], tuple(widths), *node.args[2:]), kwargs
             return node
+        if pad.copies:
+            node.op, node.target, node.args, node.kwargs = "call_method", "clone", (node.all_input_nodes[0],), {}
+            return node
         return self._skip(node, node.all_input_nodes[0])
 
     def _skip(self, node: fx.Node, source: fx.Node) -> fx.Node:
@@ -141,15 +144,16 @@ class Rewiring:
             node.args = (node.args[0], found.index)  # an ellipsis written out
         if before.all() and "index_select" not in str(node.target):
             return node
+        copies = found.copies and "index_select" in str(node.target)
         places = (np.cumsum(before) - 1)[left]
         if base is not None:
-            return self._permute(node, base, places, int(before.sum()))
+            return self._permute(node, base, places, int(before.sum()), found.copies)
         node.op, node.target, node.kwargs = "call_function", operator.getitem, {}
         steps = np.unique(np.diff(places))
         index = list(found.index)
-        if np.array_equal(places, np.arange(before.sum())):
+        if np.array_equal(places, np.arange(before.sum())) and not copies:
             index[1] = slice(None)
-        elif len(steps) <= 1:
+        elif len(steps) <= 1 and not copies:
             index[1] = slice(int(places[0]), int(places[-1]) + 1, int(steps[0]) if len(steps) else None)
         else:
             index[1] = slice(None)
@@ -163,13 +167,19 @@ class Rewiring:
         node.args = (node.args[0], tuple(index))
         return node
 
-    def _permute(self, node: fx.Node, source: fx.Node, places: IntArray, count: int) -> fx.Node:
+    def _permute(self, node: fx.Node, source: fx.Node, places: IntArray, count: int, copies: bool) -> fx.Node:
         """Let ``node`` pick channels of ``source``, which has ``count``, instead of viewing it from several sides."""
-        if np.array_equal(places, np.arange(count)):
-            return self._skip(node, source)
-        with self.graph.inserting_before(node):
-            index = self._index(node, "order", places)
-        node.op, node.target, node.args, node.kwargs = "call_function", torch.index_select, (source, 1, index), {}
+        view = node.all_input_nodes[0]
+        if np.array_equal(places, np.arange(count)) and not copies:
+            node = self._skip(node, source)
+        else:
+            with self.graph.inserting_before(node):
+                index = self._index(node, "order", places)
+            node.op, node.target, node.args, node.kwargs = "call_function", torch.index_select, (source, 1, index), {}
+        while view is not source and not view.users:
+            above = view.all_input_nodes[0]
+            self.graph.erase_node(view)
+            view = above
         return node
 
     def _index(self, node: fx.Node, word: str, places: IntArray) -> fx.Node:
@@ -180,3 +190,12 @@ class Rewiring:
         self.taken.add(name)
         self.indices[name] = torch.from_numpy(np.asarray(places, np.int64)).to(self.device)
         return self.graph.create_node("get_attr", name, (), {})
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Say whether ``node`` reads a size, or computes with sizes alone."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim")
+    inputs = node.all_input_nodes
+    computed = node.op == "call_function" and bool(inputs) and all(map(_is_number, inputs))
+    return node.target is getattr or computed

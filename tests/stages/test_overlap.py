@@ -71,6 +71,7 @@ CHANGES = {
     "F.relu, inplace": lambda m, x, h, y: F.relu(y - y.mean(), inplace=True) + F.hardtanh(y, -0.1, 0.1, True),
     "F.relu_": lambda m, x, h, y: F.relu_(y.sub_(0.5)),
     "add_": lambda m, x, h, y: y.add_(y, alpha=-1),
+    "+=": lambda m, x, h, y: operator.iadd(y, -y) * 1,
     "mul_ of a view": lambda m, x, h, y: (y.view(12, -1).mul_(0.0), y)[1],
     "zero_ of a slice": lambda m, x, h, y: (y[:, 1:3].zero_(), y)[1],
     "zero_ of a chunk": lambda m, x, h, y: (y.chunk(2, 1)[0].zero_(), y)[1],
@@ -82,7 +83,6 @@ CHANGES = {
 }
 KEEPS = {
     "pure": lambda m, x, h, y: F.relu(y) + y.mean((2, 3), keepdim=True) * y,
-    "+=, traced as +": lambda m, x, h, y: operator.iadd(y, 1.0) * 1,
     "only read by add_": lambda m, x, h, y: (x.expand(-1, 4, -1, -1) * 2).add_(y),
     "dropout, flatten": lambda m, x, h, y: F.dropout(y.flatten(1), training=False).view(12, 4, 7, 6) * 2,
     "pools": lambda m, x, h, y: F.max_pool2d(y, 3, 1, 1) + F.avg_pool2d(y, 3, 1, 1),

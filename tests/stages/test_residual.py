@@ -469,8 +469,9 @@ def assert_walks_agree(model, plan, x):
 
     class Recorder(torch.fx.Interpreter):
         def run_node(self, node):
-            tensors[node] = super().run_node(node)
-            return tensors[node]
+            found = super().run_node(node)
+            tensors[node] = found.clone() if isinstance(found, torch.Tensor) else found  # before it is overwritten
+            return found
 
     with torch.no_grad():
         Recorder(masked(model, plan).eval(), graph=trace).run(x)

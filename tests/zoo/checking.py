@@ -132,7 +132,7 @@ def constant_inputs(model, x):
 
 
 def zeroed(model, slices):
-    """Return a copy of ``model`` with the named slices along the first dimension zeroed."""
+    """Return a copy of ``model`` with the named slices of dimension 0 (of transposed ones, outputs) zeroed."""
     twin = copy.deepcopy(model)
     for name, indices in slices.items():
         owner, _, leaf = name.rpartition(".")
@@ -287,7 +287,7 @@ def masked(model, plan, slim):
         back = [index for index, why in reasons.items() if why.startswith("makes the number of filters")]
         keep[name] = np.union1d(keep[name], back).astype(np.int64)
     for name, more in slim.beyond.items() if slim.lossy else ():
-        filters = graph.convolutions(model)[name].out_channels
+        filters = graph.prunable(model)[name].out_channels
         left = np.setdiff1d(keep.get(name, np.arange(filters)), more)
         keep[name] = left if len(left) else keep[name]  # all that it keeps is without effect: masked or not
     slices = graph.dead_slices(model, Plan(keep))

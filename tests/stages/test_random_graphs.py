@@ -1,0 +1,104 @@
+"""Networks and plans drawn by chance: the slim one equals the masked one, always, or filters stay for a reason."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from zoo import checking, random_graphs
+from zoo.random_graphs import case
+
+QUICK = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+
+
+@st.composite
+def cases(draw, most=14):
+    return random_graphs.draw_case(lambda options: draw(st.sampled_from(list(options))), most)
+
+
+@settings(QUICK, max_examples=100)
+@given(found=cases(most=7))
+def test_small_networks(found):
+    if found is not None:
+        random_graphs.check(found)
+
+
+@pytest.mark.parametrize("start", range(0, 160, 20))
+def test_networks_by_seed(start):
+    for seed in range(start, start + 20):
+        if (found := random_graphs.seeded_case(seed)) is not None:
+            random_graphs.check(found)
+
+
+@pytest.mark.slow
+@settings(QUICK, max_examples=1000)
+@given(found=cases())
+def test_many_networks(found):
+    if found is not None:
+        random_graphs.check(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", range(10_000, 13_000, 500))
+def test_many_networks_by_seed(start):
+    for seed in range(start, start + 500):
+        if (found := random_graphs.seeded_case(seed, most=10 + seed % 12)) is not None:
+            random_graphs.check(found)
+
+
+def test_a_printed_case_is_the_case():
+    found = random_graphs.seeded_case(7)
+    again = eval(repr(found), {"case": case})  # noqa: S307
+    assert repr(again) == repr(found)
+    assert checking.same_state(again.model, found.model.state_dict())
+
+
+def test_a_wrong_weight_in_a_slim_network_is_noticed(monkeypatch):
+    """The comparison can fail: one weight of the delivered network is off by a thousandth."""
+    honest = checking.pp.compact
+
+    def dishonest(*args, **options):
+        slim = honest(*args, **options)
+        with torch.no_grad():
+            next(one for name, one in slim.model.named_parameters() if "weight" in name)[0] *= 1.001
+        return slim
+
+    found = case([("Conv2d", (3, 4, 3), {}, (0,)), ("ReLU", (), {}, (1,)), ("Head", (4, 3, "mean"), {}, (2,))], (3,),
+                 {"parts.0": [0, 2]}, (2, 3, 6, 6))  # fmt: skip
+    assert random_graphs.check(found).model.get_submodule("parts.0").out_channels == 2
+    monkeypatch.setattr(checking.pp, "compact", dishonest)
+    with pytest.raises(AssertionError):
+        random_graphs.check(found)
+
+
+# What random networks found: shrunk, and fixed.
+
+WRITTEN = {
+    "a sum in place, its first side read again": case([
+        ("Conv2d", (3, 1, 2), {"bias": False}, (0,)),
+        ("Add", ("+=",), {}, (1, 1)),
+        ("Conv2d", (1, 1, 3), {"padding": 1, "bias": False}, (1,)),
+    ], (3,), {"parts.2": [0]}, (2, 3, 8, 8), residual="scatter"),
+    "a padding that leaves, of a tensor that is overwritten later": case([
+        ("Conv2d", (3, 2, 3), {"dilation": 2, "bias": False}, (0,)),
+        ("PadChannels", (0, 1, 0.0), {}, (1,)),
+        ("Add", ("+=",), {}, (1, 1)),
+        ("Conv2d", (3, 9, 1), {"groups": 3, "bias": False, "stride": 2}, (2,)),
+        ("Conv2d", (2, 8, 3), {"stride": 2}, (3,)),
+        ("Conv2d", (9, 5, 1), {"padding": 1, "stride": 2}, (4,)),
+    ], (6, 5), {"parts.4": [2]}, (2, 3, 8, 8)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("found", WRITTEN.values(), ids=WRITTEN)
+def test_what_is_overwritten(found):
+    random_graphs.check(found)
+
+
+def test_a_parameter_that_revives_a_channel_is_named():
+    slim = random_graphs.check(case([
+        ("Conv2d", (3, 5, 1), {"bias": False}, (0,)),
+        ("Scale", ((1, 1, 6, 6), "-"), {}, (1,)),
+        ("Head", (5, 3, "pool"), {}, (2,)),
+    ], (3,), {"parts.0": [2, 3]}, (2, 3, 6, 6)))  # fmt: skip
+    assert slim.kept["parts.0"] == dict.fromkeys((0, 1, 4), "reaches sub, which keeps its channel")
