@@ -10,6 +10,7 @@
 #include <memory>
 #include <new>
 #include <numeric>
+#include <thread>
 #include <vector>
 
 namespace pyprune {
@@ -71,7 +72,8 @@ struct Call {
   std::vector<double> X, norm;  // rows about their mean, and the squares of their lengths
   double tolerance = 0;         // what rounding can make of costs
   std::atomic<Index> done{0};   // K
-  std::atomic<bool> out_of_memory{false};
+  std::atomic<bool> out_of_memory{false}, stopped{false};
+  const std::thread::id caller = std::this_thread::get_id();
 
   Call(const KMeansProblem& p, const KMeansVariant& v, const KMeansInterrupt& i, const KMeansResult& r, int t)
       : problem(p),
@@ -88,6 +90,13 @@ struct Call {
   const double* block(Index b) const { return matrix.get() + b * stride; }
   // Of rows j and i; neighbouring j lie side by side.
   double distance(Index j, Index i) const { return block(j / kKMeansLanes)[i * kKMeansLanes + j % kKMeansLanes]; }
+  // Whether to leave everything as it is; on the calling thread this looks for Ctrl-C.
+  bool stop() {
+    if (!stopped && interrupt.poll && std::this_thread::get_id() == caller) {
+      stopped = interrupt.poll(interrupt.context, done.load(std::memory_order_relaxed));
+    }
+    return stopped;
+  }
   Index rows_of(Index b) const { return std::min<Index>(kKMeansLanes, F - b * kKMeansLanes); }
 };
 
@@ -106,10 +115,7 @@ void run(Call& call, Index items, double additions, const Task& task) {
       c.call.out_of_memory = true;
     }
   };
-  const auto poll = [](void* raw) {
-    const Call& c = static_cast<Context*>(raw)->call;
-    return c.interrupt.poll && c.interrupt.poll(c.interrupt.context, c.done.load(std::memory_order_relaxed));
-  };
+  const auto poll = [](void* raw) { return static_cast<Context*>(raw)->call.stop(); };
   const int threads = additions / kAdditionsASecond < kSerialSeconds ? 1 : std::max(call.threads, 1);
   const bool finished = parallel_for(items, threads, invoke, &context, poll, &context);
   if (!finished) throw Interrupted();
@@ -470,7 +476,7 @@ class Search {
   int rounds_ = 0, lloyd_rounds_ = 0, exchanges_ = 0;
 };
 
-void run_rounds(const Call& call, const std::vector<Search*>& searches) {
+void run_rounds(Call& call, const std::vector<Search*>& searches) {
   std::vector<Search*> active;
   const auto keep_active = [&](const std::vector<Search*>& from) {
     std::vector<Search*> next;
@@ -479,7 +485,7 @@ void run_rounds(const Call& call, const std::vector<Search*>& searches) {
     }
     active.swap(next);
   };
-  for (keep_active(searches); !active.empty(); keep_active(active)) {
+  for (keep_active(searches); !active.empty() && !call.stop(); keep_active(active)) {
     for (Search* search : active) search->begin_round();
     for (Index b = 0; b < call.blocks; ++b) {
       for (Search* search : active) search->scan(b);
@@ -499,6 +505,7 @@ void search_some(Call& call, const std::vector<Seeds>& seeds, Index k, Index cou
     }
   }
   run_rounds(call, all);
+  if (call.stopped) return;
   const Index n_init = static_cast<Index>(seeds.size());
   for (Index i = 0; i < count; ++i) {
     Search* best = nullptr;

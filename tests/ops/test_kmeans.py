@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import textwrap
-import time
 
 import numpy as np
 import pytest
@@ -257,26 +256,31 @@ def test_an_error_of_progress_ends_the_search():
 
 
 def test_ctrl_c_ends_the_search():
+    """Medians of three: a crowded machine may hold any one of them up."""
     source = """
         import os, signal, threading, time
         import numpy as np
         from pyprune.ops.kmeans import k_search
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         x = np.random.default_rng(0).random((1500, 20))
-        k_search(x[:50])
-        def interrupt():
-            global sent
-            sent = time.perf_counter()
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        threading.Timer(0.5, interrupt).start()
-        try:
-            k_search(x)
-        except KeyboardInterrupt:
-            print(time.perf_counter() - sent)
+        def press():
+            time.sleep(0.3)
+            global pressed
+            pressed = time.monotonic()
+            os.kill(os.getpid(), signal.SIGINT)
+        waits = []
+        for _ in range(3):
+            threading.Thread(target=press).start()
+            try:
+                k_search(x)
+                print("finished before")
+            except KeyboardInterrupt:
+                waits.append(time.monotonic() - pressed)
+        print(sorted(waits)[1])
     """
-    began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(source)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 2, f"answered late, after {time.perf_counter() - began:.1f} s in all"
+    assert float(done.stdout) < 0.5
 
 
 def test_choice():
