@@ -1,6 +1,7 @@
 """K-means for every number of clusters, and the silhouette that judges them (thesis sections 4.1.1 and 4.1.2).
 
-Kept free of torch, so that the worker processes of the search start quickly.
+The native search reads everything off one matrix of distances; scikit-learn's is kept to the letter. Kept free of
+torch, so that the worker processes of the latter start quickly.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import silhouette_score
 from threadpoolctl import threadpool_limits
 
+from pyprune.ops.kmeans import TIE, KSearch, k_search
 from pyprune.progress import bar
-from pyprune.types import FloatArray
+from pyprune.types import NOTHING, FloatArray
 
 Labels = npt.NDArray[np.int32]
 
@@ -43,7 +45,7 @@ class Clustering:
 
 @dataclass(frozen=True)
 class KMeansOptions:
-    """What scikit-learn's ``KMeans`` is given; the thesis has seed 6 and max_iter 10000, and n_init was 10 then."""
+    """What k-means is given; the thesis has seed 6 and max_iter 10000, and scikit-learn's n_init was 10 then."""
 
     seed: int = 6
     n_init: int = 10
@@ -79,7 +81,56 @@ def cluster(X: FloatArray, k: int, options: KMeansOptions) -> Clustering:
 def best_k(clusterings: Sequence[Clustering]) -> Clustering:
     """Return the clustering with the highest silhouette, the smallest K on a tie (thesis section 4.1.2)."""
     top = max(one.silhouette for one in clusterings)
-    return min((one for one in clusterings if one.silhouette >= top - ROUNDING), key=lambda one: one.k)
+    return min((one for one in clusterings if one.silhouette >= top - TIE), key=lambda one: one.k)
+
+
+def search_native(
+    layers: Mapping[str, FloatArray],
+    ks: Mapping[str, range],
+    options: KMeansOptions,
+    seeds: Mapping[str, Sequence[int]] = NOTHING,
+    progress: bool = True,
+) -> dict[str, list[Clustering]]:
+    """Try every K of every layer by :func:`pyprune.ops.kmeans.k_search` and return the best clustering of each.
+
+    Parameters
+    ----------
+    layers
+        Rows X [F, C] to cluster, by layer.
+    ks
+        The K to try, by layer; none may be empty.
+    options
+        For k-means.
+    seeds
+        More seeds to search with, by layer.
+    progress
+        Whether to show one bar over all layers, seeds and K.
+
+    Returns
+    -------
+    dict
+        For each layer the best clustering with the seed of ``options``, and then with each of ``seeds``.
+    """
+    every = {name: (options.seed, *seeds.get(name, ())) for name in ks}
+    total = sum(len(ks[name]) * len(own) for name, own in every.items())
+    found: dict[str, list[Clustering]] = {}
+    with bar("Clustering", total, progress) as advance:
+        for name, own in every.items():
+            found[name] = [
+                _best(
+                    k_search(
+                        layers[name], ks[name][0], ks[name][-1], n_init=options.n_init, seed=seed,
+                        max_iter=options.max_iter, progress=advance,
+                    )
+                )
+                for seed in own
+            ]  # fmt: skip
+    return found
+
+
+def _best(search: KSearch) -> Clustering:
+    i = search.best
+    return Clustering(int(search.ks[i]), search.labels[i], float(search.scores[i]))
 
 
 def search(
@@ -89,7 +140,7 @@ def search(
     jobs: int | None = None,
     progress: bool = True,
 ) -> dict[str, Clustering]:
-    """Try every K of every layer and return the best clustering of each.
+    """Try every K of every layer by scikit-learn and return the best clustering of each.
 
     The tasks, a few K of one layer each, go to ``jobs`` processes, the long ones first; every process computes on
     one thread, because scikit-learn's threads cost more than they bring on so few rows. The result does not depend on

@@ -159,7 +159,8 @@ class LayerWhy(Sequence[FilterWhy]):
     """What the selection saw in one layer; indexing gives the :class:`FilterWhy` of a filter.
 
     ``note`` says why a layer was left alone and is empty otherwise. ``k`` and ``silhouette`` are the chosen
-    number of clusters and its mean silhouette; ``avg_mean`` and ``std_mean`` the dividing point.
+    number of clusters and its mean silhouette; ``avg_mean`` and ``std_mean`` the dividing point. ``stability`` is the
+    mean overlap |A and B| / |A or B| of the kept filters with those that other seeds of k-means keep.
     """
 
     filters: tuple[FilterWhy, ...]
@@ -168,6 +169,7 @@ class LayerWhy(Sequence[FilterWhy]):
     silhouette: float | None = None
     avg_mean: float | None = None
     std_mean: float | None = None
+    stability: float | None = None
 
     def __getitem__(self, index: Any) -> Any:
         return self.filters[index]
@@ -225,6 +227,11 @@ class Plan:
     def rates(self) -> dict[str, float]:
         """Share of the filters that goes, for each layer whose number of filters is known."""
         return {name: 1 - len(kept) / self.filters[name] for name, kept in self.keep.items() if name in self.filters}
+
+    @property
+    def stability(self) -> dict[str, float]:
+        """Mean overlap of what is kept with what other seeds keep, for each layer where other seeds were tried."""
+        return {name: why.stability for name, why in self.why.items() if why.stability is not None}
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain JSON values."""

@@ -13,12 +13,16 @@ from scipy.spatial.distance import cdist
 from sklearn.metrics import silhouette_samples
 from torch import nn
 
-from pyprune.clustering import ROUNDING, Clustering, KMeansOptions, Labels, k_range, search
+from pyprune.clustering import ROUNDING, Clustering, KMeansOptions, Labels, k_range, search, search_native
 from pyprune.criteria import Context, needed_number
 from pyprune.criteria.ranked import ranked
 from pyprune.types import ClassRanks, FilterWhy, FloatArray, IntArray, LayerWhy, Plan, Region
 
-CLUSTERERS = ("sklearn",)
+CLUSTERERS = ("native", "sklearn")
+
+STABILITY_SEEDS = 5
+STABILITY_FILTERS = 512
+"""By default other seeds are tried for layers of at most so many filters: five more searches take seconds there."""
 
 MIN_ROWS = 5
 """Filters, and distinct rows, that a layer needs: below, no K of at least 4 leaves anything to compare."""
@@ -74,14 +78,18 @@ class CRank:
         The medoid of a surviving cluster is ``"kept"``; or ``"cluster_numbers"``, a bug of the listing that is
         reproduced: it keeps the filters whose index is the *number* of a surviving cluster, and protects no medoid.
     clusterer
-        ``"sklearn"``: scikit-learn's ``KMeans`` and ``silhouette_score``.
+        ``"native"``: :func:`pyprune.ops.kmeans.k_search`, the same objective and the same score; or ``"sklearn"``,
+        scikit-learn's ``KMeans`` and ``silhouette_score`` to the letter, which takes some hundred times as long.
     k_min, k_max
         Numbers of clusters that are tried; by default all from 4, as in thesis algorithm 3, to F - 1, or to the
         number of distinct rows.
     seed, n_init, max_iter
         For k-means: 6 and 10000 in the thesis's listing, with scikit-learn's default of 10 restarts at that time.
+    stability
+        How many other seeds of k-means the plan is compared with, ``seed + 1`` and so on: ``Plan.stability`` has the
+        overlap of what is kept (at ease 0). ``None`` for 5 in layers of at most 512 filters; ``"native"`` only.
     jobs
-        Processes for the clustering; ``None`` for one per core. The plan does not depend on it.
+        Processes for ``"sklearn"``; ``None`` for one per core. The plan does not depend on it.
 
     Raises
     ------
@@ -101,6 +109,7 @@ class CRank:
     seed: int = 6
     n_init: int = 10
     max_iter: int = 10000
+    stability: int | None = None
     jobs: int | None = field(default=None, metadata={"record": False})
 
     name = "crank"
@@ -123,6 +132,10 @@ class CRank:
             raise ValueError(
                 f"select: k_min must be at least 2, for a silhouette needs two clusters; got {self.k_min}."
             )
+        if self.stability:
+            _check_counts(stability=self.stability)
+            if self.clusterer != "native":
+                raise ValueError("select: stability needs clusterer='native'; scikit-learn would take hours over it.")
 
     def scores(self, model: nn.Module, context: Context) -> Mapping[str, FloatArray]:
         """Return every filter's place in :func:`order`, [F] by layer: at least 1 for those that CRank keeps."""
@@ -153,15 +166,30 @@ class CRank:
         ks = {name: k_range(points, self.k_min, self.k_max) for name, points in spaces.items()}
         notes = {name: _why_alone(context.ranks, name, X, spaces[name], ks[name]) for name, X in rows.items()}
         searched = {name: ks[name] for name, note in notes.items() if not note}
-        options = KMeansOptions(self.seed, self.n_init, self.max_iter)
-        best = search(spaces, searched, options, self.jobs, context.progress)
-        return {
-            name: _whole(X, notes[name]) if notes[name] else select_filters(
-                X, best[name], context.min_keep, points=spaces[name], members=self.members or "",
+        best = self._search(spaces, searched, context.progress)
+
+        def judged(name: str, clustering: Clustering) -> LayerWhy:
+            return select_filters(
+                rows[name], clustering, context.min_keep, points=spaces[name], members=self.members or "",
                 medoid=self.medoid or "",
-            )
+            )  # fmt: skip
+
+        return {
+            name: _whole(X, notes[name]) if notes[name] else compared([judged(name, one) for one in best[name]])
             for name, X in rows.items()
-        }  # fmt: skip
+        }
+
+    def _search(
+        self, spaces: Mapping[str, FloatArray], ks: Mapping[str, range], progress: bool
+    ) -> Mapping[str, Sequence[Clustering]]:
+        """Return the best clustering of each layer, and then those of other seeds to compare it with."""
+        options = KMeansOptions(self.seed, self.n_init, self.max_iter)
+        if self.clusterer == "sklearn":
+            return {name: [one] for name, one in search(spaces, ks, options, self.jobs, progress).items()}
+        usual = {name: STABILITY_SEEDS if len(spaces[name]) <= STABILITY_FILTERS else 0 for name in ks}
+        more = {name: count if self.stability is None else self.stability for name, count in usual.items()}
+        seeds = {name: range(self.seed + 1, self.seed + 1 + count) for name, count in more.items()}
+        return search_native(spaces, ks, options, seeds, progress)
 
     def _rows(self, R: FloatArray) -> FloatArray:
         return min_max(R) if self.scale == "class" else min_max(R.reshape(-1, 1)).reshape(R.shape)
@@ -286,6 +314,13 @@ def _judge(
         keep[f] = True
         reasons[f] = "medoid" if medoid == "kept" else "kept as the number of a surviving cluster: the listing's bug"
     return keep, reasons
+
+
+def compared(whys: Sequence[LayerWhy]) -> LayerWhy:
+    """Return the first with its ``stability``: the mean overlap of what it keeps with what each of the others keeps."""
+    first, *others = [frozenset(f for f, one in enumerate(why) if one.keep) for why in whys]
+    overlaps = [len(first & other) / len(first | other) for other in others]
+    return replace(whys[0], stability=math.fsum(overlaps) / len(overlaps)) if overlaps else whys[0]
 
 
 def min_max(R: FloatArray) -> FloatArray:

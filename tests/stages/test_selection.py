@@ -18,8 +18,9 @@ import pyprune as pp
 from pyprune import clustering, selection
 from pyprune.clustering import Clustering, KMeansOptions, best_k, cluster, k_range, search
 from pyprune.criteria import crank
+from pyprune.ops.kmeans import k_search
 from pyprune.types import Region
-from tolerances import HAND_ROUNDED, SILHOUETTE_ROUNDING
+from tolerances import HAND_ROUNDED, SILHOUETTE_GATE, SILHOUETTE_ROUNDING
 
 # Eight filters, two classes; every column spans 0 to 10, so X = R / 10.
 HAND = np.array([[0, 0], [10, 10], [10, 9], [9, 10], [0, 10], [0, 9], [10, 0], [8, 8]], np.float64)
@@ -147,7 +148,7 @@ def independent(R, seed=6, n_init=10):
 def test_equals_an_independent_loop(F, C, seed):
     R = spread(F, C, seed)
     kept, labels, score = independent(R)
-    plan = run(R)
+    plan = run(R, clusterer="sklearn")
     why = plan.why["0"]
     assert plan.keep["0"].tolist() == kept
     assert [one.cluster for one in why] == labels.tolist()
@@ -165,6 +166,41 @@ def test_every_k_is_scikit_learn_to_the_letter():
         assert one.silhouette == silhouette_score(X, labels)
     other = cluster(X, 9, KMeansOptions(seed=7, n_init=1))
     assert not np.array_equal(other.labels, cluster(X, 9, KMeansOptions()).labels), "the seed must reach scikit-learn"
+
+
+def test_the_native_search_is_the_default_and_agrees_on_clear_groups():
+    rng = np.random.default_rng(4)
+    R = np.repeat(spread(9, 6, 5) * 10, 4, axis=0) + rng.random((36, 6)) / 50
+    plan, by_sklearn = run(R), run(R, clusterer="sklearn")
+    assert plan.options["clusterer"] == "native"
+    assert plan.why["0"].k == by_sklearn.why["0"].k == 9
+    assert plan.keep["0"].tolist() == by_sklearn.keep["0"].tolist()
+    assert plan.why["0"].silhouette == pytest.approx(by_sklearn.why["0"].silhouette, rel=0, abs=SILHOUETTE_GATE)
+    found = k_search(crank.min_max(R))
+    assert [one.cluster for one in plan.why["0"]] == found.labels[found.best].tolist()
+
+
+def test_the_plan_says_how_stable_it_is(tmp_path):
+    R = spread(40, 4, 8)
+    plan = run(R, stability=3)
+    others = [set(run(R, seed=seed, stability=0).keep["0"].tolist()) for seed in (7, 8, 9)]
+    mine = set(plan.keep["0"].tolist())
+    want = np.mean([len(mine & other) / len(mine | other) for other in others])
+    assert 0 < want < 1, "seeds must disagree, or this proves nothing"
+    assert plan.stability == {"0": pytest.approx(want, rel=1e-12)}
+    assert run(R, stability=0).stability == {}
+    assert run(R).stability["0"] == run(R, stability=5).stability["0"]
+    plan.save(tmp_path / "plan.json")
+    assert pp.Plan.load(tmp_path / "plan.json").stability == plan.stability
+    assert run(R[:12], clusterer="sklearn").stability == {}
+    assert run(np.ones((9, 3))).stability == {}
+
+
+def test_wide_layers_are_compared_only_when_asked(monkeypatch):
+    monkeypatch.setattr(crank, "STABILITY_FILTERS", 20)
+    assert run(spread(21, 3)).stability == {}
+    assert set(run(spread(21, 3), stability=2).stability) == {"0"}
+    assert set(run(spread(20, 3)).stability) == {"0"}
 
 
 def test_processes_do_not_change_the_plan(monkeypatch):
@@ -312,7 +348,7 @@ def test_the_plan_says_how_it_was_made(tmp_path):
     ranks = ranks_of(HAND, info={"sample": "abc", "seed": 3})
     plan = pp.select(model_of(8), ranks=ranks, jobs=1, seed=11)
     assert plan.method == "crank"
-    expected = {"clusterer": "sklearn", "k_min": 4, "k_max": None, "seed": 11, "n_init": 10, "max_iter": 10000}
+    expected = {"clusterer": "native", "k_min": 4, "k_max": None, "seed": 11, "n_init": 10, "max_iter": 10000}
     assert expected.items() <= plan.options.items()
     assert plan.options["ranks"] == {"sample": "abc", "seed": 3}
     assert set(plan.options["libraries"]) == {"joblib", "numpy", "pyprune", "scikit-learn", "scipy"}
@@ -410,6 +446,8 @@ REFUSED = [
     ({"min_keep": 0}, ValueError, "min_keep must be a whole number of at least 1; got 0"),
     ({"jobs": 1.5}, ValueError, "jobs must be a whole number of at least 1; got 1.5"),
     ({"k_min": 1}, ValueError, "k_min must be at least 2"),
+    ({"stability": 1.5}, ValueError, "stability must be a whole number of at least 1; got 1.5"),
+    ({"stability": 2, "clusterer": "sklearn"}, ValueError, "stability needs clusterer='native'"),
     ({"clusterer": "other"}, ValueError, "clusterer must be one of .*'sklearn'; got 'other'"),
     ({"ease": 1.1}, ValueError, "ease must be a number from 0 to 1; got 1.1"),
     ({"ease": 0.1, "rates": 0.5}, ValueError, "ease is for CRank's own rates; with rates or budget it says nothing"),
