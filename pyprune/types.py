@@ -512,14 +512,10 @@ class Fairness:
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as plain JSON values."""
-        content = {one.name: getattr(self, one.name) for one in fields(self)}
-        nested = {name: None if content[name] is None else asdict(content[name]) for name in (
-            "pearson", "spearman", "errors", "losses")}  # fmt: skip
-        return {
-            "format": self.FORMAT, "version": self.VERSION, **content, **nested, "before": self.before.tolist(),
-            "after": self.after.tolist(), "groups": {name: asdict(one) for name, one in self.groups.items()},
-            "ranges": self.ranges, "verdicts": self.verdicts,
-        }  # fmt: skip
+        content = asdict(self) | {"before": self.before.tolist(), "after": self.after.tolist()}
+        content |= {"ranges": self.ranges, "verdicts": self.verdicts}  # for readers of the file
+        plain: dict[str, Any] = json.loads(json.dumps(content))  # tuples become lists, as they do in a file
+        return {"format": self.FORMAT, "version": self.VERSION, **plain}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to ``path`` as JSON."""
