@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -299,6 +300,6 @@ def read_described(
     """
     tensors, metadata = read_tensors(who, path)
     found = metadata.get("version", "")
-    number = int(found) if found.isdecimal() else found  # safetensors keeps strings only
+    number = int(found) if re.fullmatch(r"[0-9]{1,9}", found) else found  # safetensors keeps strings only
     check_format(who, path, metadata.get("format"), number, kind, version)
     return tensors, parse_json(who, metadata.get("about", "").encode(), f"{path} (about)")

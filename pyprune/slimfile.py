@@ -24,7 +24,7 @@ from pyprune.slimcalls import MAX_COUNT, MAX_NUMBER, MAX_SCALE, MAX_SIDE, is_num
 FORMAT = "pyprune.architecture"
 VERSION = 1
 MAX_BYTES = 8 << 20
-MAX_NODES = 8192
+MAX_NODES = 4096
 MAX_MODULES = 4096
 MAX_DEPTH = 16
 _MAX_ITEMS = 4096
@@ -88,7 +88,7 @@ MODULES: dict[type, list[_Setting]] = {
         ("bias", "present", True),
     ],
     nn.LocalResponseNorm: [
-        ("size", "count", REQUIRED), ("alpha", "number", 1e-4), ("beta", "number", 0.75), ("k", "number", 1.0),
+        ("size", "side", REQUIRED), ("alpha", "number", 1e-4), ("beta", "number", 0.75), ("k", "number", 1.0),
     ],
     nn.ReLU: _INPLACE, nn.ReLU6: _INPLACE, nn.SELU: _INPLACE, nn.SiLU: _INPLACE, nn.Mish: _INPLACE,
     nn.Hardswish: _INPLACE, nn.Hardsigmoid: _INPLACE,
@@ -391,12 +391,19 @@ def _reads(value: Any) -> list[str]:
     return [name for item in value for name in _reads(item)] if isinstance(value, list) else []
 
 
+def _check_name(who: str, name: str) -> None:
+    """Refuse what could be more than a name, and names that Python means something by."""
+    graphs.check_name(who, name)
+    if name.startswith("__"):
+        raise ValueError(f"{who}: names must not begin with two underscores; got {name!r}. Rename it.")
+
+
 def _check_path(who: str, path: str, modules: Collection[str]) -> None:
     parts = path.split(".")
     if len(parts) > MAX_DEPTH:
         raise ValueError(f"{who}: the module name {path[:140]!r} is nested too deep.")
     for i, part in enumerate(parts):
-        graphs.check_name(who, part)
+        _check_name(who, part)
         if hasattr(nn.ModuleDict if i else fx.GraphModule, part) or part == "training":
             raise ValueError(f"{who}: the module name {path!r} hides what every module has. Rename it.")
     for i in range(1, len(parts)):
@@ -488,7 +495,7 @@ def _check_node(
     name, op, target = node["name"], node["op"], node.get("target", "output")
     if not isinstance(name, str) or not isinstance(op, str) or not isinstance(target, str):
         raise ValueError(f"{who}: the name, op and target of a node must be text.")
-    graphs.check_name(who, name)
+    _check_name(who, name)
     if name in kinds or name[0].isdigit() or name in _RESERVED:
         raise ValueError(f"{who}: the node name {name!r} is taken or no variable.")
     targets: dict[str, Collection[str]] = {
@@ -498,13 +505,13 @@ def _check_node(
     if target not in targets.get(op, ()) or last != (op == "output"):
         raise ValueError(f"{who}: the node {name!r} has op {op[:40]!r} with target {target[:140]!r}, which it cannot.")
     if op == "placeholder":
-        graphs.check_name(who, target)
+        _check_name(who, target)
     if not isinstance(node["args"], list) or not isinstance(node["kwargs"], dict):
         raise ValueError(f"{who}: the arguments of {name!r} are malformed.")
     if len(node["args"]) > _MAX_ARGUMENTS or len(node["kwargs"]) > _MAX_ARGUMENTS:
         raise ValueError(f"{who}: the node {name!r} has more than {_MAX_ARGUMENTS} arguments.")
     for key in node["kwargs"]:
-        graphs.check_name(who, key)
+        _check_name(who, key)
     for value in [*node["args"], *node["kwargs"].values()]:
         _check_value(who, name, value, kinds, op == "output", 0)
     kind = _kind(op, target, node["args"], node["kwargs"], kinds)
@@ -549,7 +556,7 @@ def _check_value(who: str, name: str, value: Any, seen: Collection[str], names: 
         pairs = kind == "dict" and names and isinstance(inner, list)
         if pairs and all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in inner):
             for key, _ in inner:
-                graphs.check_name(who, key)
+                _check_name(who, key)
             items = [item for _, item in inner]
         elif isinstance(inner, list) and (kind == "tuple" or _LENGTHS.get(kind) == len(inner)):
             items = inner

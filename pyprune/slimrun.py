@@ -13,14 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyprune import operations as ops
 from pyprune.slimcalls import MAX_PARTS
 
-MAX_NUMBERS = 1 << 28
-"""Of one tensor of a forward pass, a gigabyte in float32; larger inputs may make larger tensors."""
+MAX_NUMBERS = 1 << 26
+"""Of one tensor of a forward pass on the recorded inputs, 256 MB in float32; larger inputs may make larger tensors."""
 MAX_GROWTH = 1 << 10
 """How many times the numbers of the inputs one tensor may have, where that is more."""
 MAX_TOTAL = 64
 """How many times as many all tensors of a forward pass together may have as one."""
 MAX_INPUT = 1 << 30
-_SIDE = 64
+_SIDES = {3: 512, 4: 64, 5: 16}
+"""Of larger inputs, by their dimensions: attention over 4096 places makes 2^24 numbers a head."""
 
 Shapes = Sequence[tuple[list[int], torch.dtype]]
 
@@ -106,19 +107,24 @@ def follow(who: str, model: fx.GraphModule, recorded: Shapes) -> Mapping[fx.Node
     ------
     ValueError
         If an operation cannot take what it gets, or a forward pass would hold impossibly much: on these inputs, or
-        on larger ones more than the square of their size explains.
+        on larger ones more than their size explains.
     """
     credible = sum(math.prod(shape) for shape, _ in recorded) <= MAX_INPUT
     shapes = list(recorded) if recorded and credible else _guessed(model)
     if not shapes:
         raise ValueError(f"{who}: the slim folder does not say what its inputs are, and its layers do not tell.")
     guessed = shapes != list(recorded)
+    if len(shapes) > sum(node.op == "placeholder" for node in model.graph.nodes):
+        raise ValueError(f"{who}: the slim folder records {len(shapes)} inputs; its network takes fewer.")
     numbers = max(math.prod(shape) for shape, _ in shapes)
     found, largest = _run(who, model, shapes, max(MAX_NUMBERS, MAX_GROWTH * numbers), partly=guessed)
-    larger = [([*shape[:2], *(max(2 * size, _SIDE) for size in shape[2:])], dtype) for shape, dtype in shapes]
+    larger = [
+        ([*shape[:2], *(max(2 * size, _SIDES.get(len(shape), 0)) for size in shape[2:])], dtype)
+        for shape, dtype in shapes
+    ]
     growth = max(math.prod(shape) for shape, _ in larger) / numbers
-    if growth > 1:
-        _run(who, model, larger, max(MAX_NUMBERS, largest * growth**2), partly=True)
+    if growth > 1:  # numbers may grow as the inputs do; where those double, as their square
+        _run(who, model, larger, max(4 * MAX_NUMBERS, 8 * growth * largest), partly=True)
     odd = [node.name for node in model.graph.nodes if guessed and node not in found and _enlarges(model, node)]
     if odd:
         raise ValueError(

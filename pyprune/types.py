@@ -421,7 +421,7 @@ class Evaluation:
                 for name, scores in content.get("groups", {}).items()
             }
             return cls(confusion, content["loss"], content["top5"], content["auc"], loss, auc, groups)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(f"Evaluation.load: {path} lacks or garbles {error}.") from None
 
 
