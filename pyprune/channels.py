@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from scipy.sparse import coo_array
+from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 from torch import fx, nn
 
@@ -547,10 +547,12 @@ class _Walk:
             self.pin(self.inputs[name], f"feeds {name}, which reads something else too that pyprune does not follow")
         for name in self.counts.keys() - self.produced:
             self.pin(self.produce(name), self.fixed.get(name, "is a filter of a layer that is not followed"))
-        needed = self._needed()
+        needed, edges = self._needed(), self._edges()
+        stays = needed.copy()
+        reached(edges, stays, np.flatnonzero(stays))
         while True:
-            origins, through = self._spread(needed)
-            leaves = origins < 0
+            reached(edges, stays, np.flatnonzero((self.pinned > 0) & ~stays))
+            leaves = ~stays
             empty = [
                 (node, value)
                 for node, value in self.values.items()
@@ -562,6 +564,7 @@ class _Walk:
                 break
             node, value = empty[0]
             self.pin(Value(value.slots[:1], value.constants[:1]), f"is the last channel of {node.name}")
+        origins, through = self._origins(needed, stays)
         return Channels(
             self.counts, self.first, self.inputs, leaves, self._classes(self.ties), self._classes(self.joins),
             frozenset(self.flattens), self.sums, self.pads, self.slices, self.splits, self.views, self.parameters,
@@ -570,16 +573,18 @@ class _Walk:
             tuple(self.others), self._explain(origins, through),
         )  # fmt: skip
 
-    def _spread(self, needed: BoolArray) -> tuple[IntArray, IntArray]:
+    def _edges(self) -> csr_array:
+        """Return the holds as a matrix: row i has an entry at every slot that stays if slot i does."""
+        by, held = _joined(hold.by for hold in self.holds), _joined(hold.held for hold in self.holds)
+        return csr_array((np.ones(len(by), np.int8), (by, held)), shape=(len(self.alive), len(self.alive)))
+
+    def _origins(self, needed: BoolArray, stays: BoolArray) -> tuple[IntArray, IntArray]:
         """Return, for each slot that stays, the nearest slot that explains it; and the hold that it came through.
 
         Both are -1 for a slot that leaves; the hold is -1 for one that stays by itself.
         """
         by, held = _joined(hold.by for hold in self.holds), _joined(hold.held for hold in self.holds)
         which = np.repeat(np.arange(len(self.holds)), [len(hold.by) for hold in self.holds])
-        stays = needed | (self.pinned > 0)
-        while (new := np.flatnonzero(stays[by] & ~stays[held])).size:
-            stays[held[new]] = True
         # A sum that is alive is so because a filter is, and that is what explains it: filters come first. What is
         # needed and no filter's, say the difference of a parameter and nothing, explains itself.
         places = np.arange(len(stays))
@@ -617,6 +622,16 @@ class _Walk:
             return f"{reason}, which {state}" if reason.endswith(f" {whose}") else f"{reason}, where {whose} {state}"
 
         return why
+
+
+def reached(edges: csr_array, stays: BoolArray, start: IntArray) -> None:
+    """Let everything stay, in place, that an edge leads to from ``start``, one after another."""
+    while start.size:
+        stays[start] = True
+        counts = edges.indptr[start + 1] - edges.indptr[start]
+        offsets = np.repeat(edges.indptr[start] - np.cumsum(counts) + counts, counts)
+        held = edges.indices[offsets + np.arange(counts.sum())]
+        start = np.unique(held[~stays[held]])
 
 
 def _joined(arrays: Iterable[IntArray]) -> IntArray:
