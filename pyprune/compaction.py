@@ -867,7 +867,7 @@ def _accepted(model: nn.Module, batch: tuple[torch.Tensor, ...], decision: _Deci
     """
     try:
         if decision.own_forward:
-            found = recording.record("compact", copy.deepcopy(model), _copies(batch))
+            found = recording.record("compact", model, _copies(batch))
             return found.outputs if found.takes(decision.graph) else None
         return _outputs(model, batch)
     except Exception:

@@ -444,10 +444,14 @@ class _Recorder:
             with _Calls(self):
                 outputs = self.returned(self.model(*inputs))
         except Exception as error:
-            failure = error
+            failure = error.with_traceback(None)  # whose frames would hold every tensor
         finally:
             for handle in handles:
                 handle.remove()
+            self.held.clear()
+            self.names.clear()
+            self.known.clear()
+            del self.model
         if self.refusal is not None:  # forward may have caught it
             raise self.refusal.with_traceback(None) from None
         return Recording(self.graph, self.shapes, self.lines, self.reads, outputs, failure, self.inside)
