@@ -813,7 +813,8 @@ def _view(walk: _Walk, node: fx.Node) -> Found:
         return Rearranged(at.node, at.value, places)
     value = Value(at.value.slots[first[line[1]]], at.value.constants[first[line[1]]], line[0])
     taken = places.permuted()
-    if isinstance(found, Value) and (taken is None or np.array_equal(taken, np.arange(len(taken)))):
+    shuffles = walk.key(node) in (nn.ChannelShuffle, torch.channel_shuffle)  # in groups, which may fit no longer
+    if isinstance(found, Value) and not shuffles and (taken is None or np.array_equal(taken, np.arange(len(taken)))):
         _resize(walk, node, found, value)
         return value
     _keep_counts(walk, node, at.value.slots)

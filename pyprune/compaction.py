@@ -314,7 +314,7 @@ def _wanted(network: _Network, plan: Plan, round_to: int) -> _Decision:
     back: dict[str, set[int]] = {}
     while True:
         dead, stays, channels = network.walk(wanted, back)
-        more = _to_bring_back(channels, round_to)
+        more = _to_bring_back(channels, round_to) or _masked_in_vain(plan, wanted, channels)
         if not more:
             break
         back = {name: back.get(name, set()) | more.get(name, set()) for name in back.keys() | more.keys()}
@@ -455,6 +455,17 @@ def _to_bring_back(channels: Channels, round_to: int) -> dict[str, set[int]]:
             for partner, other in channels.partners(name, int(index)):
                 back.setdefault(partner, set()).add(other)
     return back
+
+
+def _masked_in_vain(plan: Plan, wanted: Plan, channels: Channels) -> dict[str, set[int]]:
+    """Return the filters that a union removes beyond ``plan`` and that stay all the same: they must not be masked."""
+    found: dict[str, set[int]] = {}
+    for name in wanted.keep.keys() & channels.filters.keys():
+        stays = np.setdiff1d(np.flatnonzero(~channels.leaving(name)), wanted.keep[name])
+        more = np.intersect1d(stays, plan.keep.get(name, stays))
+        if len(more):
+            found[name] = set(more.tolist())
+    return found
 
 
 def _kept(

@@ -153,7 +153,7 @@ class Rewiring:
         index = list(found.index)
         if np.array_equal(places, np.arange(before.sum())) and not copies:
             index[1] = slice(None)
-        elif len(steps) <= 1 and not copies:
+        elif (len(places) == 1 or (len(steps) == 1 and steps[0] > 0)) and not copies:
             index[1] = slice(int(places[0]), int(places[-1]) + 1, int(steps[0]) if len(steps) else None)
         else:
             index[1] = slice(None)

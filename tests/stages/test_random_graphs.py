@@ -102,3 +102,49 @@ def test_a_parameter_that_revives_a_channel_is_named():
         ("Head", (5, 3, "pool"), {}, (2,)),
     ], (3,), {"parts.0": [2, 3]}, (2, 3, 6, 6)))  # fmt: skip
     assert slim.kept["parts.0"] == dict.fromkeys((0, 1, 4), "reaches sub, which keeps its channel")
+
+
+INDICES = {"backwards": [3, 2, 1, 0], "one channel twice": [1, 1], "backwards in steps": [7, 4, 1, 5]}
+
+
+@pytest.mark.parametrize("index", INDICES.values(), ids=INDICES)
+def test_an_index_that_no_slice_can_express(index):
+    slim = random_graphs.check(case([
+        ("Conv2d", (3, 8, 1), {}, (0,)),
+        ("Taken", (index,), {}, (1,)),
+        ("Conv2d", (len(index), 2, 1), {}, (2,)),
+    ], (3,), {"parts.0": [1, 4, 7, 2]}, (2, 3, 6, 6)))  # fmt: skip
+    assert slim.model.get_submodule("parts.0").out_channels < 4
+
+
+def test_a_shuffle_in_as_many_groups_as_channels():
+    slim = random_graphs.check(case([
+        ("Conv2d", (3, 9, 2), {}, (0,)),
+        ("ChannelShuffle", (9,), {}, (1,)),
+        ("Conv2d", (9, 2, 1), {}, (2,)),
+    ], (3,), {"parts.0": [1, 2, 5, 6]}, (2, 3, 8, 8)))  # fmt: skip
+    assert slim.model.get_submodule("parts.0").out_channels == 4
+
+
+def test_a_union_masks_nothing_that_stays():
+    """What rounding and equal groups bring back is not zero either, in any branch."""
+    slim = random_graphs.check(case([
+        ("Conv2d", (3, 8, 2), {"padding": 1, "bias": False, "padding_mode": "reflect"}, (0,)),
+        ("Conv2d", (8, 16, 1), {"groups": 8, "bias": False}, (1,)),
+        ("Conv2d", (16, 16, 3), {"padding": 1}, (2,)),
+        ("Times", ("max",), {}, (3, 2)),
+        ("tied", (2,), {}, (2,)),
+        ("Head", (784, 3, "flatten"), {}, (5,)),
+    ], (6,), {"parts.1": [2, 3, 5, 6, 11, 12, 13, 14], "parts.4": [7, 10, 14]}, (2, 3, 6, 6),
+       residual="union", round_to=4))  # fmt: skip
+    assert not slim.lossy
+    assert dict(slim.beyond) == {}
+
+
+def test_an_unread_padding_does_not_take_its_layer_away():
+    slim = random_graphs.check(case([
+        ("Conv2d", (3, 8, 1), {}, (0,)),
+        ("PadChannels", (1, 2, 0.0), {}, (1,)),
+        ("ConvTranspose2d", (3, 1, 3), {"bias": False}, (0,)),
+    ], (3,), {"parts.2": [0]}, (2, 3, 6, 6)))  # fmt: skip
+    assert slim.model.get_submodule("parts.0").out_channels == 1

@@ -286,8 +286,11 @@ def masked(model, plan, slim):
     for name, reasons in slim.kept.items():
         back = [index for index, why in reasons.items() if why.startswith("makes the number of filters")]
         keep[name] = np.union1d(keep[name], back).astype(np.int64)
+    layers = graph.prunable(model)
     for name, more in slim.beyond.items() if slim.lossy else ():
-        filters = graph.prunable(model)[name].out_channels
+        if name not in layers:  # a linear layer whose outputs nothing needs
+            continue
+        filters = layers[name].out_channels
         left = np.setdiff1d(keep.get(name, np.arange(filters)), more)
         keep[name] = left if len(left) else keep[name]  # all that it keeps is without effect: masked or not
     slices = graph.dead_slices(model, Plan(keep))

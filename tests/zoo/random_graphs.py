@@ -79,6 +79,50 @@ class Sliced(nn.Module):
         return x[:, channels, space, space]
 
 
+class Taken(nn.Module):
+    """Channels by an index that the network holds."""
+
+    def __init__(self, index):
+        super().__init__()
+        self.register_buffer("index", torch.tensor(index))
+
+    def forward(self, x):
+        return x.index_select(1, self.index)
+
+
+class Shuffle(nn.Module):
+    """A channel shuffle by views, or by space that becomes channels and back."""
+
+    def __init__(self, groups, how="view"):
+        super().__init__()
+        self.groups, self.how = groups, how
+
+    def forward(self, x):
+        if self.how == "view":
+            N, C, H, W = x.shape
+            return x.view(N, self.groups, C // self.groups, H, W).transpose(1, 2).reshape(N, C, H, W)
+        if self.how == "literal":
+            C = x.size(1)
+            return (
+                x.reshape(x.size(0), C // self.groups, self.groups, x.size(2), x.shape[3]).transpose(1, 2).flatten(1, 2)
+            )
+        return x.unflatten(1, (self.groups, -1)).transpose(2, 1).contiguous().flatten(1, 2)
+
+
+class Squeezed(nn.Module):
+    """Squeeze and excitation by linear layers and views."""
+
+    def __init__(self, channels, squeezed, how="view"):
+        super().__init__()
+        self.how, self.down, self.up = how, nn.Linear(channels, squeezed), nn.Linear(squeezed, channels)
+
+    def forward(self, x):
+        gate = torch.sigmoid(self.up(F.relu(self.down(x.mean((2, 3))))))
+        if self.how == "view":
+            return x * gate.view(x.size(0), x.size(1), 1, 1)
+        return x * (gate[:, :, None, None] if self.how == "index" else gate.unsqueeze(-1).unsqueeze(-1))
+
+
 class PadChannels(nn.Module):
     def __init__(self, before, after, value=0.0):
         super().__init__()
@@ -350,8 +394,11 @@ def _part(draw):
     C = draw.values[x].shape[1]
     start = choose(range(C))
     length = choose(range(C - start, 0, -1))
-    if choose((False, True)):
+    how = choose(("slice", "narrow", "index"))
+    if how == "narrow":
         return draw.put("Narrow", (start, length), (x,))
+    if how == "index":
+        return draw.put("Taken", ([choose(range(C)) for _ in range(length)],), (x,))
     return draw.put("Sliced", (start, start + length, choose((1, 2)), choose((1, 2))), (x,))
 
 
@@ -366,7 +413,9 @@ def _pad(draw):
 def _gate(draw):
     choose, x = draw.choose, draw.tensor()
     C = draw.values[x].shape[1]
-    act, over = choose(("Sigmoid", "Hardsigmoid", "Tanh")), choose(("channels", "channels", "space"))
+    act, over = choose(("Sigmoid", "Hardsigmoid", "Tanh")), choose(("channels", "channels", "space", "linear"))
+    if over == "linear":
+        return draw.put("Squeezed", (C, choose((2, 3)), choose(("view", "index", "unsqueeze"))), (x,))
     return draw.put("Gate", (C, choose((2, 1, 3)), act, over), (x,))
 
 
@@ -405,6 +454,16 @@ def _other(draw):
     return draw.put(draw.choose(("Dropout", "Dropout2d", "Identity")), (), (x,))
 
 
+def _shuffle(draw):
+    choose, x = draw.choose, draw.tensor()
+    C = draw.values[x].shape[1]
+    groups = choose([g for g in (2, 3, 4, C) if C % g == 0] or [1])
+    how = choose(("view", "literal", "unflatten", "module", "pixels", "unpixels"))
+    if how in ("pixels", "unpixels"):
+        return draw.put("PixelShuffle" if how == "pixels" else "PixelUnshuffle", (2,), (x,))
+    return draw.put("ChannelShuffle", (groups,), (x,)) if how == "module" else draw.put("Shuffle", (groups, how), (x,))
+
+
 def _again(draw):
     """Call an earlier layer once more, or make one that shares its weight."""
     x = draw.tensor()
@@ -424,7 +483,7 @@ def _again(draw):
 
 STEPS = (
     _conv, _conv, _conv, _norm, _activation, _same_conv, _add, _norm, _activation, _cat, _grouped, _pool, _split,
-    _gate, _part, _pad, _scale, _times, _transposed, _upsample, _number, _other, _again,
+    _gate, _part, _pad, _scale, _times, _transposed, _upsample, _number, _other, _again, _shuffle,
 )  # fmt: skip
 
 
