@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo-results
 
-.PHONY: help install demo test slow sweep sanitize check lint format wheel smoke bench clean
+.PHONY: help install demo test slow sweep fuzz sanitize check lint format wheel smoke bench clean
 
 help:  ## Show these targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/' | expand -t 10
@@ -29,6 +29,11 @@ slow: install  ## The slow tests, without the sweep over the kernels
 
 sweep: install  ## Every kernel variant on every family and size, with threads, children and memory: half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" tests/ops
+
+fuzz: install  ## Fuzz the reader of slim folders for a minute (FUZZ_SECONDS=600 for ten)
+	$(BIN)/python -m pip install -q -c constraints.txt "atheris>=3.0"
+	mkdir -p build/fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python tests/hostile/fuzz_slim.py -max_total_time=$(or $(FUZZ_SECONDS),60) -artifact_prefix=build/fuzz/
 
 sanitize: install  ## The tests of the ops under Address-, UndefinedBehavior- and ThreadSanitizer (needs g++ and cmake)
 	for kind in address undefined thread; do PATH=$(abspath $(BIN)):$$PATH tests/sanitize.sh $$kind -q || exit 1; done

@@ -80,9 +80,13 @@ class _Followed(fx.Interpreter):
             size = args[0].shape[ops.argument(node, 2, "dim", 0)]
             if size > args[1] * MAX_PARTS:
                 raise _TooLargeError(f"{size} numbers split into parts of {args[1]}")
-        if node.target is torch.index_add and args[3].shape[args[1]] != len(args[2]):
+        if node.target is torch.index_add:
+            base, dim, index, branch = args
             name = str(getattr(node.args[2], "target", ""))
-            raise _MisfitError(f"{name!r} must have one entry a channel of its branch; it has {len(args[2])}")
+            if branch.shape[dim] != len(index):
+                raise _MisfitError(f"{name!r} must have one entry a channel of its branch; it has {len(index)}")
+            if [*base.shape[:dim], len(index), *base.shape[dim + 1 :]] != [*branch.shape]:
+                raise _MisfitError(f"{name!r} adds {list(branch.shape)} to {list(base.shape)}")
 
 
 def _first_line(error: Exception) -> str:

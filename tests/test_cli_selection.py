@@ -54,7 +54,9 @@ def test_ranks_alone_are_enough_for_crank(select: Callable[..., tuple[int, str, 
     status, out, _ = select("--ranks {ranks} --set n_init=1 --set k_max=5 --json")
     assert status == 0
     own = [row["after"] for row in json.loads(out)["layers"]]
-    status, out, _ = select("--ranks {ranks} --set n_init=1 --set k_max=5 --ease 0.5 --preset thesis_text --min-keep 2 --json")
+    status, out, _ = select(
+        "--ranks {ranks} --set n_init=1 --set k_max=5 --ease 0.5 --preset thesis_text --min-keep 2 --json"
+    )
     assert status == 0
     options = pp.Plan.load("plan.json").options
     assert (options["ease"], options["preset"], options["min_keep"], options["n_init"]) == (0.5, "thesis_text", 2, 1)

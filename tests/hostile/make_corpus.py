@@ -575,6 +575,13 @@ def misfits() -> Iterator[Case]:
         node("odd", "call_function", "operator.add", [ref(x), ref("y")]),
     )
     yield calls("tensors of unlike shapes together", node("odd", "call_function", "torch.cat", [[ref(x), ref("x")], 1]))
+    later = tree("residual")
+    place = next(i for i, one in enumerate(later["nodes"]) if one.get("target") == "torch.index_add")
+    base = later["nodes"][place]["args"][0]
+    half = node("half", "call_function", "torch.narrow", [base, 2, 0, 2])
+    later["nodes"][place]["args"][0] = ref("half")
+    later["nodes"].insert(place, half)
+    yield slim("an addition by index to fewer places", later, "residual")
     yield calls("a layer for other channels", node("odd", "call_module", "down", [ref(x)]))
     yield calls("shuffled into too many", node("odd", "call_function", "F.pixel_shuffle", [ref(x), 3]))
     yield calls("padded below nothing", node("odd", "call_function", "F.pad", [ref(x), [-9, -9]]))
