@@ -103,10 +103,12 @@ def _plane(axes: Axes, why: LayerWhy, title: str, colour: Callable[[FilterWhy], 
     axes.axvspan(x_mean, 1.06, ymin=0, ymax=(y_mean + 0.06) / 1.12, color=ACCENT, alpha=0.08, lw=0)
     axes.axvline(x_mean, color=GREY, lw=0.8, ls="--")
     axes.axhline(y_mean, color=GREY, lw=0.8, ls="--")
-    for one in why:
-        star = stars and one.medoid
-        shape, size = ("*", 10) if star else ("o", 4.5)
-        axes.plot(one.avg or 0.0, one.std or 0.0, shape, color=colour(one), markersize=size)
+    for shape, size, chosen in (("o", 20, False), ("*", 90, True)):
+        mine = [one for one in why if (stars and one.medoid) == chosen]
+        axes.scatter(
+            [one.avg or 0.0 for one in mine], [one.std or 0.0 for one in mine], size, [colour(one) for one in mine],
+            marker=shape, zorder=3 if chosen else 2,
+        )  # fmt: skip
     axes.set(xlabel="AVG", ylabel="STD", xlim=(-0.06, 1.06), ylim=(-0.06, 1.06))
     axes.set_title(title, fontsize=9, loc="left")
 
@@ -115,17 +117,20 @@ def _silhouettes(axes: Axes, why: LayerWhy, alive: Sequence[int], shade: dict[in
     """Draw the silhouettes of the members of surviving clusters; those that stay are filled."""
     members = [(f, one) for f, one in enumerate(why) if one.cluster in alive or one.keep]
     members.sort(key=lambda pair: (pair[1].cluster or 0, -(pair[1].silhouette or 0.0)))
-    for position, (_, one) in enumerate(members):
-        tint = shade.get(one.cluster, GREY) if one.cluster is not None else GREY
-        axes.bar(position, one.silhouette or 0.0, color=tint if one.keep else "none", edgecolor=tint, lw=0.8)
-        if one.medoid:
-            axes.plot(position, (one.silhouette or 0.0) + 0.03, "*", color=tint, markersize=7)
+    heights = [one.silhouette or 0.0 for _, one in members]
+    tints = [GREY if one.cluster is None else shade[one.cluster] for _, one in members]
+    fills = [tint if one.keep else "none" for tint, (_, one) in zip(tints, members, strict=True)]
+    bars = axes.bar(range(len(members)), heights, color=fills, edgecolor=tints, lw=0.8)
+    for bar, (_, one) in zip(bars, members, strict=True):
+        bar.set_linestyle("-" if one.region is BEST else ":")
+    at = [position for position, (_, one) in enumerate(members) if one.medoid]
+    axes.scatter(at, [heights[i] + 0.03 for i in at], 45, [tints[i] for i in at], marker="*")
     axes.set(xlabel="filters of surviving clusters", ylabel="silhouette")
     if len(members) <= 40:
         axes.set_xticks(range(len(members)), [str(f) for f, _ in members], fontsize=6, rotation=90)
     else:
         axes.set_xticks([])
-    axes.set_title("6. redundant: above the mean silhouette. Filled bars stay", fontsize=9, loc="left")
+    axes.set_title("6. Filled bars stay. Redundant: above the mean; dotted: outside the region", fontsize=9, loc="left")
 
 
 def scores_figure(why: LayerWhy, title: str = "") -> Figure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,3 +110,17 @@ class Odd(Plain):
 def test_what_is_wrong_is_found(criterion, kind, message):
     with pytest.raises(kind, match=message):
         check_criterion(criterion)
+
+
+def test_the_criterion_in_the_docs_works():
+    page = (Path(__file__).parents[2] / "docs" / "selection.md").read_text()
+    code = page.partition("## Add a criterion")[2].partition("```python\n")[2].partition("```")[0]
+    assert len([line for line in code.partition("class ")[2].partition("\n\n\n")[0].splitlines() if line.strip()]) <= 10
+    torch.manual_seed(0)
+    names = {"model": nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 4, 3)), "images": torch.randn(2, 1, 8, 8)}
+    exec(code, names)  # noqa: S102  # our own page
+    plan = names["plan"]
+    assert plan.method == "spread"
+    spread = names["model"][0].weight.detach().flatten(1).std(1, correction=0)
+    assert set(plan.keep["0"]) == set(spread.topk(len(plan.keep["0"])).indices.tolist())
+    assert plan.options["budget"]["macs"]["reached"] <= plan.options["budget"]["macs"]["allowed"]
