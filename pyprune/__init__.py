@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pyprune.checkpoints import load_checkpoint as load_checkpoint
     from pyprune.compaction import analyse as analyse
     from pyprune.compaction import compact as compact
+    from pyprune.comparing import Trial as Trial
     from pyprune.deployment import export_onnx as export_onnx
     from pyprune.deployment import export_pt2 as export_pt2
     from pyprune.equity import fairness as fairness
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from pyprune.redundancy import ckrm as ckrm
     from pyprune.reporting import report as report
     from pyprune.selection import select as select
+    from pyprune.trials import trial as trial
     from pyprune.types import CKRM as CKRM
     from pyprune.types import Certificate as Certificate
     from pyprune.types import ClassRanks as ClassRanks
@@ -69,6 +71,7 @@ _HOME = {
     "evaluate": "measure",
     "profile": "measure",
     "fairness": "equity",
+    "trial": "trials",
     "prune": "pipeline",
     "report": "reporting",
     "backends": "machine",
@@ -85,6 +88,7 @@ _HOME = {
     "Profile": "types",
     "Fairness": "types",
     "PruneResult": "types",
+    "Trial": "comparing",
 }
 
 __all__ = list(_HOME)

@@ -242,6 +242,47 @@ def select(
 
 
 @app.command()
+def trial(
+    weights: Weights,
+    arch: Arch = None,
+    model: Model = None,
+    data: Data = "digits",
+    size: Size = None,
+    normalise: Normalise = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="A criterion to compare; repeatable. crank, hrank, l1, fpgm and random.")
+    ] = None,
+    rates: Rates = None,
+    runs: Annotated[int, typer.Option(help="Fine-tunings of each, with seeds of their own.", min=1)] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for the results; a trial that was stopped goes on there.")] = Path(
+        "trial-results"
+    ),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over in a folder that holds a trial.")] = False,
+    images_per_class: ImagesPerClass = 50,
+    taps: Taps = "activation",
+    exclude: Exclude = None,
+    residual: Residual = "scatter",
+    epochs: Epochs = 30,
+    steps: Steps = None,
+    lr: Lr = 0.01,
+    device: Device = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Compare criteria: the same rates, fine-tuning and seeds, several runs each, and whether they differ."""
+    from pyprune import trials
+
+    network, splits = _network(arch, model, weights, data, seed, size=size, normalise=normalise)
+    found = trials.trial(
+        network, method or trials.DEFAULT, _loaders(splits, seed), runs=runs, rates=_rates(rates),
+        num_classes=len(splits.classes), images_per_class=images_per_class, taps=taps, exclude=tuple(exclude or ()),
+        residual=residual, epochs=epochs, steps=steps, lr=lr, seed=seed, device=device, folder=out,  # type: ignore[arg-type]
+        fresh=fresh,
+    )  # fmt: skip
+    _print_json(found.to_json()) if as_json else typer.echo(f"{found}\nwritten: {out / 'trial.json'}")
+
+
+@app.command()
 def finetune(
     weights: Weights,
     arch: Arch = None,

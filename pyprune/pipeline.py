@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,11 +19,9 @@ from pyprune.masks import mask_
 from pyprune.measure import evaluate
 from pyprune.ranks import rank_filters
 from pyprune.reporting import report
+from pyprune.resuming import Run
 from pyprune.selection import check_method, select
 from pyprune.types import ClassRanks, Evaluation, Plan, PruneResult
-
-RUN = "pyprune.run"
-T = TypeVar("T", ClassRanks, Plan, Evaluation)
 
 
 def prune(
@@ -108,7 +103,7 @@ def prune(
         "exclude": sorted(exclude), "residual": residual, "finetune_on": finetune_on, "epochs": epochs, "steps": steps,
         "lr": lr, "seed": seed, "selection": chosen,
     }  # fmt: skip
-    run = _Run(folder, settings, fresh)
+    run = Run("prune", folder, settings, fresh, _OURS)
     place: dict[str, Any] = {"device": device, "progress": progress}
     judge = next(loader for loader in (test, val, train) if loader is not None)
 
@@ -163,53 +158,10 @@ def prune(
     return result
 
 
-class _Run:
-    """The folder of a run: what is there is taken up, what is not is made and written."""
-
-    def __init__(self, folder: str | os.PathLike[str] | None, settings: dict[str, Any], fresh: bool) -> None:
-        self.folder = None if folder is None else files.make_folder("prune", folder)
-        self.seconds: dict[str, float] = {}
-        if self.folder is None:
-            return
-        about = self.folder / "run.json"
-        if about.exists() and not fresh:
-            found = files.read_json("prune", about, RUN, 1).get("settings")
-            other = [name for name in settings if not isinstance(found, dict) or found.get(name) != settings[name]]
-            if other:
-                raise ValueError(
-                    f"prune: {self.folder} holds a run with other {', '.join(other)}. "
-                    "Choose another folder, or start over with fresh=True (--fresh)."
-                )
-        else:
-            for old in (*self.folder.glob("*.safetensors"), *self.folder.glob("*.json")):
-                if old.name in _OURS or old.name.startswith("evaluation_"):
-                    old.unlink()
-        files.write_json(about, {"format": RUN, "version": 1, "settings": settings})
-
-    def path(self, name: str) -> Path | None:
-        return None if self.folder is None else self.folder / name
-
-    def stage(self, stage: str, name: str, kind: type[T], make: Callable[[], T]) -> T:
-        """Return what an earlier run left in ``name``, or make it and write it there."""
-        path = self.path(name)
-        with self.timed(stage):
-            if path is not None and path.exists():
-                return kind.load(path)
-            made = make()
-            if path is not None:
-                made.save(path)
-            return made
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
-_OURS = {
-    "run.json", "ranks.safetensors", "ranking.safetensors", "plan.json", "training.safetensors", "history.json"
-}  # fmt: skip
+_OURS = (
+    "run.json", "ranks.safetensors", "ranking.safetensors", "plan.json", "training.safetensors", "history.json",
+    "evaluation_*.json",
+)  # fmt: skip
 
 
 def _example(train: Iterable[Any]) -> torch.Tensor:

@@ -409,7 +409,11 @@ class Evaluation:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Evaluation:
         """Read what :meth:`save` wrote; ``ValueError`` if it cannot be that."""
-        content = files.read_json("Evaluation.load", path, cls.FORMAT, cls.VERSION)
+        return cls.from_json(files.read_json("Evaluation.load", path, cls.FORMAT, cls.VERSION), str(path))
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], where: str = "the content") -> Evaluation:
+        """Return what :meth:`to_json` gave; ``ValueError`` naming ``where`` if it cannot be that."""
         try:
             confusion = np.array(content["confusion"], np.int64)
             loss, auc = (
@@ -422,7 +426,7 @@ class Evaluation:
             }
             return cls(confusion, content["loss"], content["top5"], content["auc"], loss, auc, groups)
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-            raise ValueError(f"Evaluation.load: {path} lacks or garbles {error}.") from None
+            raise ValueError(f"Evaluation.load: {where} lacks or garbles {error}.") from None
 
 
 VERDICTS = ((0.10, "fair"), (0.25, "moderate"))

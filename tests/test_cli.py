@@ -221,3 +221,16 @@ def test_interrupting_is_said_in_one_line(run: Run, monkeypatch: pytest.MonkeyPa
     status, _, err = run("doctor")
     assert status == 130
     assert err == "pyprune: interrupted; nothing half-written was left behind.\n"
+
+
+def test_trial_compares_criteria(run: Run, model: tuple[object, ...], tmp_path: Path) -> None:
+    asked = ("trial", *model, "--method", "l1", "--method", "random", "--rates", 0.75, "--runs", 2, "--steps", 1)
+    status, out, _ = run(*asked)
+    assert status == 0
+    assert "l1, random: " in out
+    status, again, _ = run(*asked, "--json")
+    assert [row["runs"] for row in json.loads(again)["rows"]] == [2, 2]
+    assert json.loads((tmp_path / "trial-results" / "trial.json").read_text()) == json.loads(again)
+    status, _, error = run(*asked, "--lr", 1.0)
+    assert status == 2
+    assert "holds a run with other lr" in error

@@ -18,10 +18,10 @@ BASE = {
     "slimfile", "slimcalls", "slimrun", "slimreading", "slimsource",  # the slim folder
     "clustering", "redundancy_plots", "resizing",  # parts of one stage each
     "criteria", "budgets", "coupling", "selection_plots",  # parts of selection
-    "optimizers",  # part of what compaction returns
+    "optimizers", "resuming", "comparing",  # part of what compaction returns, and of long runs
     "benching",  # measures the kernels
 }  # fmt: skip
-KNOWS_THE_ORDER = {"__init__", "__main__", "pipeline", "demo", "cli", "testing"}
+KNOWS_THE_ORDER = {"__init__", "__main__", "pipeline", "trials", "demo", "cli", "testing"}
 STAGES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in BASE | KNOWS_THE_ORDER)
 
 
