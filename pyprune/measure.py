@@ -293,11 +293,12 @@ class _Groups:
 
 
 class _Width(NamedTuple):
-    """How many inputs, outputs and groups one layer has once the plan has been carried out."""
+    """How many inputs, outputs and groups one layer has once the plan has been carried out, and whether a bias."""
 
     inputs: int
     outputs: int
     groups: int
+    bias: bool
 
 
 class _Count(NamedTuple):
@@ -479,16 +480,18 @@ class _Shapes(fx.Interpreter):
 
 
 def _width(count: _Count, leaving: channels.Channels | None) -> _Width:
-    """Return the inputs and outputs that a layer is left with."""
-    inputs, outputs, groups = _full_width(count.module)
+    """Return the inputs and outputs that a layer is left with; constants that are folded into it make a bias."""
+    inputs, outputs, groups, bias = _full_width(count.module)
     if leaving is None:
-        return _Width(inputs, outputs, groups)
+        return _Width(inputs, outputs, groups, bias)
     if count.name in leaving.inputs:
-        inputs -= int(leaving.leaving_inputs(count.name).sum())
+        gone = leaving.leaving_inputs(count.name)
+        inputs -= int(gone.sum())
+        bias = bias or bool(leaving.inputs[count.name].constants[gone].any())
     if count.name in leaving.first:
         outputs -= int(leaving.leaving(count.name).sum())
         groups = leaving.groups_left(count.name)
-    return _Width(inputs, outputs, groups)
+    return _Width(inputs, outputs, groups, bias)
 
 
 def _leaving_elsewhere(model: nn.Module, leaving: channels.Channels | None) -> int:
@@ -504,9 +507,10 @@ def _leaving_elsewhere(model: nn.Module, leaving: channels.Channels | None) -> i
 
 
 def _full_width(module: Counted) -> _Width:
+    bias = module.bias is not None
     if isinstance(module, nn.Linear):
-        return _Width(module.in_features, module.out_features, 1)
-    return _Width(module.in_channels, module.out_channels, module.groups)
+        return _Width(module.in_features, module.out_features, 1, bias)
+    return _Width(module.in_channels, module.out_channels, module.groups, bias)
 
 
 def _weights(module: Counted, width: _Width) -> int:
@@ -524,7 +528,7 @@ def _layer(count: _Count, width: _Width) -> LayerCount:
         kind=type(module).__name__,
         outputs=_full_width(module).outputs,
         kept=width.outputs,
-        parameters=weights + (width.outputs if module.bias is not None else 0),
+        parameters=weights + width.outputs * width.bias,
         macs=weights * positions,
     )
 
@@ -532,7 +536,7 @@ def _layer(count: _Count, width: _Width) -> LayerCount:
 def _hrank(count: _Count, keep: Mapping[str, int]) -> LayerCount:
     """Count one layer by ``hrank_v1``: kept filters at full input width, biases of linear layers in the MACs."""
     full = _full_width(count.module)
-    layer = _layer(count, _Width(full.inputs, keep.get(count.name, full.outputs), full.groups))
+    layer = _layer(count, full._replace(outputs=keep.get(count.name, full.outputs)))
     if not isinstance(count.module, nn.Linear) or count.module.bias is None:
         return layer
     biases = count.positions * full.outputs

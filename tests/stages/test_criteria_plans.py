@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import pyprune as pp
-from pyprune import selection
+from pyprune import graph, selection
+from zoo import ENTRIES, checking
 
 
 class Stream(nn.Module):
@@ -270,3 +271,22 @@ def test_the_plan_records_its_settings():
     assert options["counts"] == {"stem": 2, "branch": 3, "behind": 3}
     assert options["rates"] == {"stem": 0.5, "branch": 0, "behind": 0.25}
     assert options["ranks"] == {}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_what_a_plan_says_it_leaves_is_what_compaction_leaves(name):
+    torch.manual_seed(0)
+    entry = ENTRIES[name]
+    model, x = checking.randomised(entry.build()), torch.randn(entry.shape, dtype=torch.float64)
+    heads = [head for head in entry.heads if head in graph.convolutions(model)]
+    plan = pp.select(model, "random", rates=0.5, example_inputs=x, exclude=heads)
+    slim = pp.compact(model, plan, x, latency=False, verify=False)
+    found = plan.options["coupling"]
+    assert found["macs"] == [slim.before.macs, slim.after.macs]
+    assert found["parameters"] == [slim.before.parameters, slim.after.parameters]  # with biases of folded constants
+    together = pp.compact(model, plan, x, residual="intersect", latency=False, verify=False)
+    assert found["macs_intersect"] == together.after.macs
+    assert found["parameters_intersect"] == together.after.parameters
+    joint = pp.select(model, "random", rates=0.5, example_inputs=x, exclude=heads, coupled="joint")
+    assert joint.options["coupling"]["stays"] <= found["stays"]
+    assert pp.select(model, "cup", rates=0.5, example_inputs=x, exclude=heads).filters == plan.filters
