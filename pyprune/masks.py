@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from pyprune import graph, operations
+from pyprune import graph, measure, operations, recording
 from pyprune.types import IntArray, Plan
 
 
@@ -139,7 +140,7 @@ class Masks:
         return self._indices[name, device]
 
 
-def mask_(model: nn.Module, plan: Plan) -> Masks:
+def mask_(model: nn.Module, plan: Plan, example_inputs: torch.Tensor | Sequence[torch.Tensor] | None = None) -> Masks:
     """Zero the filters that ``plan`` removes, in place, with all that would bring their channels back to life.
 
     A removed filter's weights and bias become zero, and so does the affine slice of every per-channel norm that
@@ -151,9 +152,11 @@ def mask_(model: nn.Module, plan: Plan) -> Masks:
     Parameters
     ----------
     model
-        Changed in place; it must be traceable by torch.fx.
+        Changed in place.
     plan
         Which filters stay. Layers that it does not name keep all.
+    example_inputs
+        What ``model(*example_inputs)`` takes; needed only if torch.fx cannot trace the model, which then runs on them.
 
     Returns
     -------
@@ -163,7 +166,8 @@ def mask_(model: nn.Module, plan: Plan) -> Masks:
     Raises
     ------
     ValueError
-        If the plan is for another model, or the model cannot be traced. Nothing has been changed then.
+        If the plan is for another model, or the model can neither be traced nor recorded. Nothing has been changed
+        then.
 
     Examples
     --------
@@ -173,7 +177,25 @@ def mask_(model: nn.Module, plan: Plan) -> Masks:
     >>> model[0].weight[1].abs().sum().item(), model[1].weight.tolist(), masks.zeros
     (0.0, [1.0, 0.0, 1.0, 0.0], 24)
     """
-    dead = graph.dead_slices(model, plan, "mask_")
-    masks = Masks(model, dead, graph.unmaskable(model, plan, "mask_"))
+    graph.check_plan("mask_", model, plan)
+    dead, kept = graph.follow_masks(model, plan, _traced(model, example_inputs))
+    masks = Masks(model, dead, kept)
     masks.reapply()
     return masks
+
+
+def _traced(model: nn.Module, example_inputs: Any) -> fx.Graph:
+    """Return the graph of ``model``, recorded on its inputs if torch.fx cannot trace it."""
+    try:
+        return graph.trace(model, "mask_")
+    except graph.TraceError as error:
+        if example_inputs is None:
+            raise ValueError(f"{error} Or pass example_inputs.") from None
+        inputs = measure.as_inputs("mask_", example_inputs)
+        twin = copy.deepcopy(model).eval()  # forward may store things in it
+        found = recording.record("mask_", twin, [one.detach().clone() for one in inputs])
+        if found.failure is not None:
+            raise ValueError(
+                f"mask_: {type(model).__name__} does not accept example_inputs ({found.failure})."
+            ) from None
+        return found.graph

@@ -224,3 +224,27 @@ def test_masked_channels_are_zero_behind_the_activation():
     model(x)
     assert not seen[1][:, 1].any()
     assert seen[1][:, 0].any()
+
+
+class Branches(nn.Module):
+    """Its way depends on a size, which torch.fx cannot follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        y = self.norm(self.a(x))
+        return self.b(y.relu()) if x.shape[2] > 4 else self.b(y)
+
+
+def test_a_model_that_torch_fx_cannot_trace_is_masked_by_running_it():
+    model = Branches()
+    with pytest.raises(ValueError, match=r"mask_: Branches cannot be traced by torch\.fx .* Or pass example_inputs\."):
+        mask_(model, Plan({"a": [0, 2]}))
+    masks = mask_(model, Plan({"a": [0, 2]}), torch.randn(2, 2, 8, 8))
+    assert set(masks.dead) == {"a.weight", "a.bias", "norm.weight", "norm.bias"}
+    assert all(rows.tolist() == [1, 3] for rows in masks.dead.values())
+    assert model.norm.weight.tolist() == [1, 0, 1, 0]
+    with pytest.raises(ValueError, match="mask_: Branches does not accept example_inputs"):
+        mask_(model, Plan({"a": [0]}), torch.randn(2, 3, 8, 8))
