@@ -15,6 +15,8 @@ def k_search(
     variant: str,
     threads: int,
     progress: Callable[[int], object] | None,
+    elsewhere: str = "",
+    option: int = 0,
 ) -> tuple[
     npt.NDArray[np.int32],
     npt.NDArray[np.float64],

@@ -28,6 +28,15 @@ const KMeansVariant& find(const std::string& name) {
   throw std::invalid_argument("k_search: no variant " + name + " on this CPU");
 }
 
+KMeansElsewhere find_elsewhere(const std::string& name, int option) {
+  if (name.empty()) return {nullptr, 0};
+  if (name == "twin") return {kmeans_twin, option};
+#ifdef PYPRUNE_HAS_CUDA
+  if (name == "cuda") return {kmeans_cuda, option};
+#endif
+  throw std::runtime_error("k_search: this build has no CUDA kernels: none were asked for, or no nvcc was found");
+}
+
 // Tells how far the search is when it looks for signals.
 struct Watch {
   Signals signals;
@@ -54,7 +63,8 @@ bool poll(void* context, std::ptrdiff_t done) {
 using Matrix = py::array_t<double, py::array::c_style>;
 
 py::tuple search(const Matrix& X, py::ssize_t k_min, py::ssize_t k_max, int n_init, int max_iter, std::uint64_t seed,
-                 bool refine, const std::string& variant, int threads, const py::object& progress) {
+                 bool refine, const std::string& variant, int threads, const py::object& progress,
+                 const std::string& elsewhere, int option) {
   const KMeansVariant& chosen = find(variant);
   if (X.ndim() != 2 || X.shape(1) < 1) throw std::invalid_argument("k_search: x must be [F, C]");
   const py::ssize_t F = X.shape(0), C = X.shape(1);
@@ -71,7 +81,7 @@ py::tuple search(const Matrix& X, py::ssize_t k_min, py::ssize_t k_max, int n_in
   KMeansEnd end;
   {
     py::gil_scoped_release release;
-    end = k_search(problem, chosen, threads, {poll, &watch}, result);
+    end = k_search(problem, chosen, threads, {poll, &watch}, result, find_elsewhere(elsewhere, option));
   }
   if (end == KMeansEnd::interrupted) throw py::error_already_set();
   if (end == KMeansEnd::overflow) {
@@ -87,8 +97,10 @@ void register_kmeans(py::module_& module) {
   module.def(
       "k_search", &search, py::arg("x"), py::arg("k_min"), py::arg("k_max"), py::arg("n_init"), py::arg("max_iter"),
       py::arg("seed"), py::arg("refine"), py::arg("variant"), py::arg("threads"), py::arg("progress"),
+      py::arg("elsewhere") = "", py::arg("option") = 0,
       "labels [K, F], silhouettes [K, F], inertia [K], mean silhouette [K], rounds [K] and exchanges [K] of the\n"
-      "rows of x [F, C] for every K from k_min to k_max. progress(n): n more K are done.");
+      "rows of x [F, C] for every K from k_min to k_max. progress(n): n more K are done.\n"
+      "elsewhere: \"cuda\" on device `option`, or its host \"twin\", whose threads go backwards with option 1.");
 }
 
 }  // namespace pyprune

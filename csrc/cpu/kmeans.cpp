@@ -13,6 +13,8 @@
 #include <thread>
 #include <vector>
 
+#include "pyprune/kmeans_steps.h"
+
 namespace pyprune {
 namespace {
 
@@ -259,7 +261,7 @@ class Seeding {
 // not above that, only clusters that changed can win it over.
 class Search {
  public:
-  Search(const Call& call, Index k, const Seeds& seeds)
+  Search(const Call& call, Index k)
       : call_(call),
         K_(k),
         label_(at(call.blocks * kKMeansLanes), -1.0),
@@ -275,6 +277,9 @@ class Search {
         offset_(at(k), 0.0),
         centre_(at(call.C)) {
     std::iota(all_.begin(), all_.end(), 0);
+  }
+
+  Search(const Call& call, Index k, const Seeds& seeds) : Search(call, k) {
     for (std::size_t n = 0; n < seeds.until[at(k - 1)]; ++n) {
       const Seeds::Change& change = seeds.changes[n];
       label_[at(change.row)] = static_cast<double>(change.cluster);
@@ -285,6 +290,13 @@ class Search {
     for (Row i = 0; i < K_; ++i) {  // a single row is its own seed and centre
       if (size(i) > 1) change(i);
     }
+  }
+
+  // At rest after so many rounds.
+  Search(const Call& call, Index k, const std::int16_t* labels, int rounds) : Search(call, k) {
+    std::copy(labels, labels + call.F, label_.begin());
+    rounds_ = rounds;
+    sort();
   }
 
   bool active() const { return !changed_.empty(); }
@@ -299,6 +311,7 @@ class Search {
     exchanging_ = true;
     lloyd_rounds_ = rounds_;
     rounds_ = 0;
+    std::fill(low_.begin(), low_.end(), kInfinity);
     for (Row k = 0; k < K_; ++k) change(k);
   }
   int lloyd_rounds() const { return exchanging_ ? lloyd_rounds_ : rounds_; }
@@ -399,7 +412,7 @@ class Search {
     target_[at(f)] = -1;
     low_[at(f)] = std::min(low, best);
     if (size(cluster_of(f)) == 1 || limit <= low_[at(f)]) return true;
-    if (best > low) return false;
+    if (best >= low) return false;  // on a tie the first in order wins, which may not have been scanned
     target_[at(f)] = static_cast<Row>(cluster);
     low_[at(f)] = std::min(low, second);
     return true;
@@ -494,6 +507,34 @@ void run_rounds(Call& call, const std::vector<Search*>& searches) {
   }
 }
 
+// The best of its restarts for some K, refined if asked, to the results.
+void finish_some(Call& call, const std::vector<Search*>& winners) {
+  if (call.problem.refine) {
+    for (Search* winner : winners) winner->exchange();
+    run_rounds(call, winners);
+  }
+  std::vector<std::int32_t> number;
+  for (const Search* winner : winners) {
+    const Index K = winner->clusters(), place = K - call.problem.k_min;
+    std::int32_t* const labels = call.result.labels + place * call.F;
+    number.assign(at(K), -1);
+    std::int32_t next = 0;
+    for (Index f = 0; f < call.F; ++f) {
+      std::int32_t& own = number[at(winner->cluster_of(f))];
+      if (own < 0) own = next++;
+      labels[f] = own;
+    }
+    call.result.inertia[place] = winner->inertia();
+    call.result.rounds[place] = winner->lloyd_rounds();
+    call.result.exchanges[place] = winner->exchanges();
+  }
+  call.done += static_cast<Index>(winners.size());
+}
+
+Index least(const double* inertia, Index count) {
+  return std::min_element(inertia, inertia + count) - inertia;
+}
+
 // All restarts of K in [k, k + count).
 void search_some(Call& call, const std::vector<Seeds>& seeds, Index k, Index count) {
   std::vector<std::unique_ptr<Search>> searches;
@@ -507,38 +548,57 @@ void search_some(Call& call, const std::vector<Seeds>& seeds, Index k, Index cou
   run_rounds(call, all);
   if (call.stopped) return;
   const Index n_init = static_cast<Index>(seeds.size());
-  for (Index i = 0; i < count; ++i) {
-    Search* best = nullptr;
-    double least = kInfinity;
-    for (Index r = 0; r < n_init; ++r) {
-      Search* const one = all[at(i * n_init + r)];
-      const double inertia = one->inertia();
-      if (inertia < least || !best) {
-        least = inertia;
-        best = one;
+  std::vector<double> inertia;
+  for (const Search* search : all) inertia.push_back(search->inertia());
+  for (Index i = 0; i < count; ++i) winners.push_back(all[at(i * n_init + least(&inertia[at(i * n_init)], n_init))]);
+  finish_some(call, winners);
+}
+
+// All restarts of every K somewhere else.
+void search_elsewhere(Call& call, const std::vector<Seeds>& seeds, KMeansElsewhere elsewhere) {
+  const KMeansProblem& problem = call.problem;
+  const Index F = call.F, Ks = problem.k_max - problem.k_min + 1, n_init = problem.n_init;
+  std::vector<std::int32_t> first(at(n_init * (F + 1)), 0), rounds(at(Ks * n_init));
+  std::vector<std::int64_t> base;
+  std::vector<KMeansSeed> changes;
+  for (Index r = 0; r < n_init; ++r) {  // the log by rows
+    base.push_back(static_cast<std::int64_t>(changes.size()));
+    const Seeds& own = seeds[at(r)];
+    std::int32_t* const start = first.data() + r * (F + 1);
+    for (const Seeds::Change& change : own.changes) ++start[change.row + 1];
+    std::partial_sum(start, start + F + 1, start);
+    changes.resize(changes.size() + own.changes.size());
+    std::vector<std::int32_t> next(start, start + F);
+    std::size_t n = 0;
+    for (std::size_t step = 0; step < own.until.size(); ++step) {
+      for (; n < own.until[step]; ++n) {
+        const Seeds::Change& change = own.changes[n];
+        changes[at(base.back() + next[at(change.row)]++)] = {static_cast<std::int32_t>(step), change.cluster};
       }
     }
-    if (call.problem.refine) best->exchange();
-    winners.push_back(best);
   }
-  if (call.problem.refine) run_rounds(call, winners);
-  std::vector<std::int32_t> number;
-  for (Index i = 0; i < count; ++i) {
-    const Search& winner = *winners[at(i)];
-    const Index place = k + i - call.problem.k_min;
-    std::int32_t* const labels = call.result.labels + place * call.F;
-    number.assign(at(k + i), -1);
-    std::int32_t next = 0;
-    for (Index f = 0; f < call.F; ++f) {
-      std::int32_t& own = number[at(winner.cluster_of(f))];
-      if (own < 0) own = next++;
-      labels[f] = own;
-    }
-    call.result.inertia[place] = winner.inertia();
-    call.result.rounds[place] = winner.lloyd_rounds();
-    call.result.exchanges[place] = winner.exchanges();
-  }
-  call.done += count;
+  std::vector<std::int16_t> labels(at(Ks * n_init * F));
+  std::vector<double> inertia(at(Ks * n_init));
+  const KMeansBatch batch = {call.matrix.get(),
+                             call.stride,
+                             first.data(),
+                             base.data(),
+                             changes.data(),
+                             labels.data(),
+                             inertia.data(),
+                             rounds.data(),
+                             call.tolerance,
+                             static_cast<std::int32_t>(F),
+                             static_cast<std::int32_t>(problem.k_min),
+                             static_cast<std::int32_t>(Ks),
+                             problem.n_init,
+                             problem.max_iter};
+  if (!elsewhere.run(batch, call.interrupt, elsewhere.option)) throw Interrupted();
+  run(call, Ks, static_cast<double>(Ks * F * F), [&](Index i) {
+    const Index best = i * n_init + least(&inertia[at(i * n_init)], n_init);
+    Search winner(call, problem.k_min + i, &labels[at(best * F)], rounds[at(best)]);
+    finish_some(call, {&winner});
+  });
 }
 
 // Phase 3: silhouettes of `count` labellings from `place` on, off one pass over the distances.
@@ -608,7 +668,7 @@ void judge_some(const Call& call, Index place, Index count) {
 }  // namespace
 
 KMeansEnd k_search(const KMeansProblem& problem, const KMeansVariant& variant, int threads,
-                   const KMeansInterrupt& interrupt, const KMeansResult& result) try {
+                   const KMeansInterrupt& interrupt, const KMeansResult& result, KMeansElsewhere elsewhere) try {
   Call call(problem, variant, interrupt, result, threads);
   const Index Ks = problem.k_max - problem.k_min + 1, n_init = problem.n_init;
   const double every = static_cast<double>(call.F) * static_cast<double>(call.F) * static_cast<double>(Ks);
@@ -624,8 +684,12 @@ KMeansEnd k_search(const KMeansProblem& problem, const KMeansVariant& variant, i
   const Index share = std::max<Index>(Ks / (4 * std::max(threads, 1)), 1);
   const auto pieces = [&](Index count) { return (Ks + count - 1) / count; };
   const Index some = std::min(share, (kSideBySide + n_init - 1) / n_init);
-  run(call, pieces(some), 2 * every * static_cast<double>(n_init),
-      [&](Index i) { search_some(call, seeds, problem.k_min + i * some, std::min(some, Ks - i * some)); });
+  if (elsewhere.run) {
+    search_elsewhere(call, seeds, elsewhere);
+  } else {
+    run(call, pieces(some), 2 * every * static_cast<double>(n_init),
+        [&](Index i) { search_some(call, seeds, problem.k_min + i * some, std::min(some, Ks - i * some)); });
+  }
 
   run(call, call.blocks, static_cast<double>(call.F * call.F),
       [&](Index b) { variant.roots(call.matrix.get() + b * call.stride, call.stride); });

@@ -58,7 +58,7 @@ class KSearch:
 
 
 def choose_kmeans(machine: Machine) -> str:
-    """Return the fastest variant; all give the same bits."""
+    """Return the CPU's fastest variant; all on the CPU give the same bits."""
     if not machine.cpu_variants:
         raise ValueError("k_search: the extension pyprune._core is not built; run pip install .")
     return machine.cpu_variants[-1]
@@ -87,15 +87,16 @@ def k_search(
     n_init
         Restarts, of which the one with the least inertia counts.
     seed
-        The result is the same for the same seed, whatever the number of threads and the variant; what a K gets does
-        not depend on which others are tried.
+        The result is the same for the same seed, whatever the number of threads and the CPU's variant; what a K gets
+        does not depend on which others are tried.
     max_iter
         Rounds of a restart at most.
     refine
         Afterwards move single rows of the best restart for as long as that lowers the inertia, by 3 to 6 % where
         clusters are not clear. Off by default, for it favours a larger K than plain k-means does.
     variant
-        ``"auto"``, or one of :func:`kmeans_variants`.
+        ``"auto"``, or one of :func:`kmeans_variants`. ``"cuda_gram"``: Lloyd's rounds on the first GPU, the rest on
+        the CPU; only by name, for it has not been measured.
     progress
         Called on the calling thread with the number of K that were done since the last call.
 
@@ -137,15 +138,16 @@ def k_search(
     name = _resolve(variant, machine.this_machine())
     from pyprune import _core
 
+    cpu, elsewhere = (choose_kmeans(machine.this_machine()), "cuda") if name == "cuda_gram" else (name, "")
     labels, silhouettes, inertia, scores, rounds, moves = _core.k_search(
-        rows, k_min, k_max, n_init, min(max_iter, 2**31 - 1), seed, refine, name, machine.threads(), progress
+        rows, k_min, k_max, n_init, min(max_iter, 2**31 - 2), seed, refine, cpu, machine.threads(), progress, elsewhere
     )
     return KSearch(np.arange(k_min, k_max + 1), labels, inertia, silhouettes, scores, rounds, moves, name)
 
 
 def kmeans_variants(machine: Machine) -> tuple[str, ...]:
     """Return the names that ``variant=`` takes on such a machine."""
-    return machine.cpu_variants
+    return (*machine.cpu_variants, *(("cuda_gram",) if machine.cuda else ()))
 
 
 def _rows(x: Any) -> npt.NDArray[np.float64]:
@@ -193,9 +195,9 @@ def _resolve(variant: str, here: Machine) -> str:
     if variant == "auto":
         return choose_kmeans(here)
     names = ("auto", *kmeans_variants(here))
-    if variant in names:
+    why_not = machine.cuda_reason() if variant == "cuda_gram" else machine.cpu_variants().get(variant)
+    if variant in names or why_not == "":
         return variant
-    why_not = machine.cpu_variants().get(variant)
     if why_not:
         raise ValueError(f"k_search: variant {variant!r} is not usable: {why_not}; here are {', '.join(names)}.")
     near = difflib.get_close_matches(str(variant), names, n=1)

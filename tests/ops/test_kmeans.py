@@ -12,7 +12,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import silhouette_samples
 from threadpoolctl import threadpool_limits
 
-from pyprune import machine
+from pyprune import _core, machine
 from pyprune.machine import Machine
 from pyprune.ops import _reference
 from pyprune.ops.kmeans import KSearch, choose_kmeans, k_search, kmeans_variants
@@ -283,7 +283,48 @@ def test_ctrl_c_ends_the_search():
     assert float(done.stdout) < 0.5
 
 
+def native(x, elsewhere="", option=0, max_iter=10000, refine=False):
+    found = _core.k_search(x, 2, len(x) - 1, 3, max_iter, 6, refine, VARIANTS[0], 1, None, elsewhere, option)
+    return KSearch(np.arange(2, len(x)), *(found[i] for i in (0, 2, 1, 3, 4, 5)), "")
+
+
+@pytest.mark.parametrize("backwards", [0, 1])
+@pytest.mark.parametrize(("F", "C"), [(5, 2), (31, 3), (33, 1), (90, 20)])
+def test_the_gpus_rounds_are_the_cpus(F, C, backwards):
+    """The kernel's code on the host: every labelling of the CPU, whose bounds must therefore be exact."""
+    x = uniform(F, C, F)
+    assert same(native(x, "twin", backwards), native(x))
+    assert same(native(x, "twin", backwards, refine=True), native(x, refine=True))
+    assert not same(native(x, "twin", backwards), native(x[::-1].copy()))
+
+
+def test_the_gpus_rounds_with_ties_and_few_rounds():
+    x = np.unique(np.round(3 * uniform(60, 3)), axis=0)  # many equal distances
+    check(x, native(x, "twin"))
+    many = uniform(70, 4)
+    assert same(native(many, "twin", max_iter=1), native(many, max_iter=1))
+    assert not same(native(many, "twin", max_iter=1), native(many, "twin"))
+
+
+@pytest.mark.gpu
+def test_the_gpu_agrees():
+    x = groups(300, 10, 12)
+    found = k_search(x, variant="cuda_gram")
+    assert found.variant == "cuda_gram"
+    assert same(found, k_search(x))
+
+
+@pytest.mark.skipif(not machine.cuda_reason(), reason="the compiled CUDA kernels can run")
+def test_without_a_gpu_it_says_so():
+    with pytest.raises(ValueError, match=r"variant 'cuda_gram' is not usable: .*; here are auto"):
+        k_search(uniform(9, 2), variant="cuda_gram")
+    if not _core.cuda_built()[0]:
+        with pytest.raises(RuntimeError, match="k_search: this build has no CUDA kernels"):
+            native(uniform(9, 2), "cuda")
+
+
 def test_choice():
+    assert kmeans_variants(Machine(("cpu_baseline",), (("cuda_thread", 4),))) == ("cpu_baseline", "cuda_gram")
     assert choose_kmeans(Machine(("cpu_baseline", "cpu_avx2"))) == "cpu_avx2"
     assert kmeans_variants(Machine(("cpu_baseline",))) == ("cpu_baseline",)
     with pytest.raises(ValueError, match="not built"):

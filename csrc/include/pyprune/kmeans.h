@@ -71,8 +71,19 @@ struct KMeansInterrupt {
 
 enum class KMeansEnd { done, interrupted, overflow };
 
+struct KMeansBatch;  // kmeans_steps.h
+
+// Lloyd's rounds of every K and restart somewhere else than on the CPU's variants; null for there. All pointers are to
+// host memory. False if poll said stop; std::runtime_error if CUDA reports an error.
+struct KMeansElsewhere {
+  bool (*run)(const KMeansBatch&, const KMeansInterrupt&, int option);
+  int option;
+};
+bool kmeans_cuda(const KMeansBatch&, const KMeansInterrupt&, int device);
+bool kmeans_twin(const KMeansBatch&, const KMeansInterrupt&, int backwards);  // the same on the host, to prove it
+
 // 2 <= k_min <= k_max < F. overflow: a squared distance is no finite number.
-KMeansEnd k_search(const KMeansProblem&, const KMeansVariant&, int threads, const KMeansInterrupt&,
-                   const KMeansResult&);
+KMeansEnd k_search(const KMeansProblem&, const KMeansVariant&, int threads, const KMeansInterrupt&, const KMeansResult&,
+                   KMeansElsewhere);
 
 }  // namespace pyprune
