@@ -307,6 +307,7 @@ def test_the_gpus_rounds_with_ties_and_few_rounds():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(bool(machine.cuda_reason()), reason="needs the compiled CUDA kernels and a GPU")
 def test_the_gpu_agrees():
     x = groups(300, 10, 12)
     found = k_search(x, variant="cuda_gram")
