@@ -346,6 +346,15 @@ def _with_parents(paths: Iterable[str]) -> set[str]:
     return found
 
 
+def kinds(architecture: Architecture) -> Mapping[str, calls.Kind]:
+    """Return what every operation of a checked architecture yields, by name."""
+    found: dict[str, calls.Kind] = {}
+    for node in architecture.nodes:
+        kind = _kind(node["op"], node.get("target", "output"), node["args"], node["kwargs"], found)
+        found[node["name"]] = kind or calls.TENSOR
+    return found
+
+
 def _check_tensor(who: str, name: str, tensor: Any, taken: Collection[str], above: Collection[str]) -> None:
     """Refuse a parameter or buffer outside of layers whose name, kind, shape or dtype cannot be."""
     _check_path(who, name, taken)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pyprune import graph as graphs
-from pyprune.slimfile import MODULE_NAMES, MODULES, REQUIRED, Architecture
+from pyprune.slimfile import MODULE_NAMES, MODULES, REQUIRED, Architecture, kinds
 
 _WIDTH = 88
 _INFIX = {
@@ -28,7 +28,7 @@ _PLAIN_ARGUMENTS: Mapping[str, Any] = {
 _SAME_ALONG_DIMENSIONS = frozenset({"kernel_size", "stride", "padding", "dilation", "output_padding"})
 _NAMES = frozenset({
     "torch", "nn", "F", "operator", "Path", "Any", "load_file", "super", "str", "slice", "getattr", "float", "int",
-    "__file__", "dict", "zip", "map",
+    "__file__", "__getitem__", "dict", "zip", "map",
 })  # fmt: skip
 _IMPORTS = frozenset({"operator", "pathlib", "typing", "torch", "torch.nn.functional", "safetensors.torch"})
 
@@ -44,7 +44,7 @@ def write_source(who: str, architecture: Architecture) -> str:
     forward = _forward(architecture)
     body = "\n".join(forward)
     layers = [*_layers(architecture), *_indices(architecture), *_tensors(architecture)]
-    source = "\n".join([*_head(body, _returns(architecture)), *layers, "", *forward, "", "", *_LOAD, ""])
+    source = "\n".join([*_head(body, layers, architecture), *layers, "", *forward, "", "", *_LOAD, ""])
     graphs.check_source(who, source, _NAMES, _IMPORTS)
     return source
 
@@ -61,17 +61,31 @@ def load(folder: str | Path = Path(__file__).parent) -> SlimModel:
 '''.strip().splitlines()
 
 
-def _head(body: str, returns: str) -> list[str]:
+_NESTED = '''
+class Layers(nn.ModuleDict):
+    """Layers by name, of types that only the name tells."""
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key)
+'''.strip().splitlines()
+
+
+def _head(body: str, layers: list[str], architecture: Architecture) -> list[str]:
     """Return the docstring, the imports that are used, and the start of the class."""
+    nested = any("Layers(" in line for line in layers)
     imports = ["import operator"] if "operator." in body else []
     imports += ["from pathlib import Path"]
-    imports += ["from typing import Any"] if returns == "Any" else []
-    functional = ["import torch.nn.functional as F"] if " F." in body else []
+    imports += ["from typing import Any"] if nested or "Any" in body else []
+    functional = ["import torch.nn.functional as F"] if "F." in body else []
+    read = {node["target"] for node in architecture.nodes if node["op"] == "get_attr" and "." not in node["target"]}
+    tensors = [f"    {name}: torch.Tensor" for name in (*architecture.indices, *architecture.tensors) if name in read]
     return [
         '"""A slim network, written by pyprune; it needs torch and safetensors."""', "",
         *imports, "", "import torch", *functional,
         "from safetensors.torch import load_file", "from torch import nn", "", "",
+        *([*_NESTED, "", ""] if nested else []),
         "class SlimModel(nn.Module):", '    """The layers and what happens between them."""', "",
+        *tensors, *([""] if tensors else []),
         "    def __init__(self) -> None:", "        super().__init__()",
     ]  # fmt: skip
 
@@ -82,7 +96,7 @@ def _returns(architecture: Architecture) -> str:
 
 
 def _layers(architecture: Architecture) -> list[str]:
-    """Return the lines that make the layers, containers as nn.ModuleDict."""
+    """Return the lines that make the layers, containers as ``Layers``."""
     tree: dict[str, Any] = {}
     for path, module in architecture.modules.items():
         *parents, leaf = path.split(".")
@@ -144,8 +158,8 @@ def _assigned(prefix: str, layer: Any, indent: int, suffix: str) -> list[str]:
     if isinstance(layer, tuple):
         return _call(f"{space}{prefix}{layer[0]}", layer[1], indent, suffix)
     if not layer:
-        return [f"{space}{prefix}nn.ModuleDict(){suffix}"]
-    lines = [f"{space}{prefix}nn.ModuleDict(", f"{space}    {{"]
+        return [f"{space}{prefix}Layers(){suffix}"]
+    lines = [f"{space}{prefix}Layers(", f"{space}    {{"]
     for name, inner in layer.items():
         lines += _assigned(f'"{name}": ', inner, indent + 8, ",")
     return [*lines, f"{space}    }}", f"{space}){suffix}"]
@@ -158,8 +172,32 @@ def _call(start: str, arguments: list[str], indent: int, suffix: str = "") -> li
     if len(line) <= _WIDTH or not arguments:
         return [line]
     space = " " * (indent + 4)
-    inner = [space + joined] if len(space + joined) <= _WIDTH else [f"{space}{one}," for one in arguments]
+    if len(space + joined) <= _WIDTH:
+        inner = [space + joined]
+    else:
+        inner = [line for one in arguments for line in _spread("", one, indent + 4, ",")]
     return [f"{start}(", *inner, f"{' ' * indent}){suffix}"]
+
+
+def _spread(start: str, text: str, indent: int, suffix: str = "") -> list[str]:
+    """Return an expression on one line, or a list, tuple or dictionary with an item a line where that is too long."""
+    space = " " * indent
+    line = f"{space}{start}{text}{suffix}"
+    if len(line) <= _WIDTH or text[:1] not in "[({" or text[-1:] not in "])}":
+        return [line]
+    items = [one for item in _parts(text[1:-1]) for one in _spread("", item, indent + 4, ",")]
+    return [f"{space}{start}{text[0]}", *items, f"{space}{text[-1]}{suffix}"]
+
+
+def _parts(text: str) -> list[str]:
+    """Return what the commas outside of brackets divide; words in quotes hold neither."""
+    found, depth, begin = [], 0, 0
+    for i, letter in enumerate(text):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            found.append(text[begin:i].strip())
+            begin = i + 1
+    return [one for one in (*found, text[begin:].strip()) if one]
 
 
 def _constructor(module: Mapping[str, Any]) -> _Constructor:
@@ -186,33 +224,45 @@ def _literal(value: Any) -> str:
 
 
 def _forward(architecture: Architecture) -> list[str]:
-    """Return the lines of forward; a value that nothing else reads gives its variable to the next."""
+    """Return the lines of forward; a value that nothing else reads gives its variable to the next of its kind."""
+    returns = _returns(architecture)
+    inputs, lines, result = _body(architecture, "")
+    if returns == "torch.Tensor":
+        inputs, lines, result = _body(architecture, result)
+    return [*_signature(inputs, returns), *lines, *_spread("return ", result, 8)]
+
+
+def _body(architecture: Architecture, typed: str) -> tuple[list[str], list[str], str]:
+    """Return the inputs, the lines and what is returned; where ``typed`` gets its first value, its type stands too."""
     uses: Counter[str] = Counter()
     for node in architecture.nodes:
         uses.update(_reads([*node["args"], *node["kwargs"].values()]))
+    yields = kinds(architecture)
     variables: dict[str, str] = {}
-    inputs, lines = ["self"], []
+    inputs, lines, assigned, result = ["self"], [], {"self"}, "None"
     for node in architecture.nodes:
         if node["op"] == "placeholder":
             default = f" = {_text(node['args'][0], variables)}" if node["args"] else ""
-            kind = ": torch.Tensor" if not default else ": Any"
             variables[node["name"]] = node["target"]
-            inputs.append(f"{node['target']}{kind}{default}")
+            inputs.append(f"{node['target']}: {'Any' if default else 'torch.Tensor'}{default}")
+            assigned.add(node["target"])
             continue
         if node["op"] == "get_attr":
             variables[node["name"]] = _read(node["target"], architecture)
             continue
         if node["op"] == "output":
-            lines.append(f"        return {_text(node['args'][0], variables)}")
+            result = _text(node["args"][0], variables)
             continue
         start, arguments = _expression(node, variables)
         first = next(iter(_reads(node["args"][:1])), "")
-        reused = variables[first] if first and uses[first] == 1 else ""
+        reused = variables[first] if uses[first] == 1 and yields[first].name == yields[node["name"]].name else ""
         variable = reused if reused.isidentifier() else node["name"]
         variables[node["name"]] = variable
-        start = f"        {variable} = {start}"
+        kind = ": torch.Tensor" if variable == typed and variable not in assigned else ""
+        assigned.add(variable)
+        start = f"        {variable}{kind} = {start}"
         lines += [start] if arguments is None else _call(start, arguments, 8)
-    return [*_signature(inputs, _returns(architecture)), *lines]
+    return inputs, lines, result
 
 
 def _read(path: str, architecture: Architecture) -> str:
