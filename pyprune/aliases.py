@@ -81,6 +81,19 @@ def written_later(model: nn.Module, traced: fx.Graph) -> set[str]:
     return {node.name for node in traced.nodes if last.get(classes.find(node), -1) > order[node]}
 
 
+def overwritten(model: nn.Module, traced: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Return, for each operation that writes to what it reads, the values before it that may lie in that memory."""
+    order, kinds, classes, _ = _follow(model, traced)
+    before: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    found = {}
+    for node in order:
+        alike = before[classes.find(node)]
+        if kinds[node] == WRITES:
+            found[node] = list(alike)
+        alike.append(node)
+    return found
+
+
 _OUTSIDE = ("placeholder", "get_attr", "output")  # what belongs to the caller, who may do anything
 
 

@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import fx, nn
 
+from pyprune import aliases, views
 from pyprune import operations as ops
-from pyprune import views
 from pyprune.types import IntArray, Plan
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -303,7 +303,7 @@ class _MaskWalk:
     """One pass over the graph, with the removed filters that are not known to be unmaskable taken as zero."""
 
     def __init__(self, model: nn.Module, plan: Plan, stays: dict[str, dict[int, str]], zeroed: bool) -> None:
-        self.zeroed = zeroed
+        self.model, self.zeroed = model, zeroed
         self.modules = dict(model.named_modules())
         self.tied = tied_parameters(model)
         self.removed = {
@@ -359,8 +359,13 @@ class _MaskWalk:
     def follow(self, graph: fx.Graph) -> None:
         """Walk ``graph``, filling ``found`` and ``norms``."""
         self.calls = call_counts(graph)
+        written = aliases.overwritten(self.model, graph)
         for node in graph.nodes:
-            self.streams[node] = self._step(node)
+            self.streams[node] = found = self._step(node)
+            source = node.all_input_nodes[0] if node in written else node
+            if found is not self.streams[source]:  # and whoever reads the old one from now on reads this one
+                for other in written[node]:
+                    self.streams[other] = found if other is source else None
         for name, streams in self.norms.items():  # a norm used twice is masked only where both uses are
             known = [stream.dead for stream in streams if stream is not None]
             common = np.logical_and.reduce(known) if len(known) == len(streams) else np.False_

@@ -87,6 +87,11 @@ WRITTEN = {
         ("Conv2d", (2, 8, 3), {"stride": 2}, (3,)),
         ("Conv2d", (9, 5, 1), {"padding": 1, "stride": 2}, (4,)),
     ], (6, 5), {"parts.4": [2]}, (2, 3, 8, 8)),
+    "a sum in place that revives what a depthwise convolution reads": case([
+        ("Conv2d", (3, 3, 2), {"padding": 1, "dilation": 2}, (0,)),
+        ("Add", ("+=",), {}, (1, 0)),
+        ("Conv2d", (3, 9, 3), {"groups": 3, "bias": False}, (1,)),
+    ], (2, 3), {"parts.0": [1, 2]}, (2, 3, 6, 6)),
 }  # fmt: skip
 
 

@@ -146,7 +146,7 @@ def zeroed(model, slices):
 
 def removed_filters(model, plan):
     """Return {layer: [F]} which filters go."""
-    layers = graph.convolutions(model)
+    layers = graph.prunable(model)
     return {name: np.isin(np.arange(layers[name].out_channels), kept, invert=True) for name, kept in plan.keep.items()}
 
 
@@ -305,7 +305,7 @@ def assert_masks_are_honest(model, plan, x):
         layer = name.rpartition(".")[0]
         where, module = gone.get(layer), model.get_submodule(layer)
         if where is None or 1 < getattr(module, "groups", 1) == len(silent[layer]):
-            over = np.repeat(silent[layer], len(module.weight) // len(silent[layer]))
+            over = np.repeat(silent[layer], getattr(module, "out_channels", len(silent[layer])) // len(silent[layer]))
             where = over if where is None else where | over
         assert where[indices].all(), f"{name} is masked where it is alive"
 

@@ -576,6 +576,7 @@ def check(found, **more):
     """Compact a case and hold the result against all that is promised; return it."""
     options = {**found.options, **more}
     slim = checking.check(found.model, found.plan, found.x, **options)
+    checking.assert_masks_are_honest(found.model, found.plan, torch.cat([found.x, found.x.roll(1, -1) * 1.5 - 0.2]))
     layers = graph.prunable(found.model)
     sizes = dict(slim.model.named_modules())
     for name, kept in found.plan.keep.items():
