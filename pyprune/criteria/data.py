@@ -55,8 +55,9 @@ class TVS:
 
         def read(name: str) -> Callable[..., None]:
             def hook(_module: nn.Module, _inputs: Any, maps: torch.Tensor) -> None:
-                flat = maps.detach().double().flatten(2) if maps.ndim > 2 else maps.detach().double()[..., None]
-                moments[name].add((flat.mean(2, keepdim=True) if self.pool else flat).cpu(), labels)
+                flat = maps.detach().flatten(2)
+                outputs = flat.mean(2, keepdim=True, dtype=torch.float64) if self.pool else flat.double()
+                moments[name].add(outputs.cpu(), labels)
 
             return hook
 
