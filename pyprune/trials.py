@@ -23,6 +23,7 @@ from pyprune.finetuning import finetune
 from pyprune.measure import evaluate, profile
 from pyprune.progress import bar
 from pyprune.ranks import rank_filters
+from pyprune.reporting import report
 from pyprune.resuming import Run
 from pyprune.selection import select
 from pyprune.types import ClassRanks, Evaluation, Plan
@@ -198,6 +199,7 @@ def trial(
     )  # fmt: skip
     if run.folder is not None:
         result.save(run.folder / "trial.json")
+        report(result, run.folder / "report.html")
     return result
 
 

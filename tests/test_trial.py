@@ -63,6 +63,9 @@ def test_a_trial_compares_at_the_same_rates(found):
     assert again.to_json() == result.to_json()
     assert "random" in str(result)
     assert "by chance" in str(result)
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/svg+xml;base64,") == 2
+    assert "Content-Security-Policy" in page
 
 
 def test_a_stopped_trial_goes_on_and_takes_more_methods(trained, found, monkeypatch):
