@@ -23,8 +23,8 @@ def report(result: PruneResult | CKRM | Trial, path: str | os.PathLike[str]) -> 
 
     For a :class:`PruneResult` it shows, for every convolution, the heatmap of R (filters by classes, thesis figure 4.2)
     and the filters in the plane of AVG and STD with the four regions (thesis figure 4.3). For a :class:`CKRM` it shows
-    lambda along depth, and how similar the filters of every layer are; for a :class:`Trial` the accuracy of every run, and
-    what the plans have in common.
+    lambda along depth, and how similar the filters of every layer are; for a :class:`Trial` the accuracy of every run,
+    and what the plans have in common.
 
     Raises
     ------
