@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zoo import checking, random_graphs
+from zoo import ENTRIES, checking, random_graphs
 from zoo.random_graphs import case
 
 QUICK = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -44,6 +44,30 @@ def test_many_networks_by_seed(start):
     for seed in range(start, start + 500):
         if (found := random_graphs.seeded_case(seed, most=10 + seed % 12)) is not None:
             random_graphs.check(found)
+
+
+@pytest.mark.parametrize("start", [0, *(pytest.param(start, marks=pytest.mark.slow) for start in range(100, 600, 100))])
+def test_most_of_a_random_plan_leaves(start):
+    """Half of the drawn steps are traps, so that less leaves than of whole architectures: 65 % over 500 networks."""
+    total = random_graphs.strength(range(start, start + (50 if start == 0 else 100)))
+    assert total.share >= 50, total.refusals.most_common(8)
+
+
+ROUNDED = ("MobileNet v2", "ShuffleNet v2", "DenseNet")
+
+
+@pytest.mark.parametrize("round_to", [2, 4, 8])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ROUNDED else pytest.mark.slow) for name in ENTRIES]
+)
+def test_rounding_on_the_zoo(name, round_to):
+    """Whatever leaves that the plan does not name, every planned layer has a multiple, or all that it had."""
+    entry = ENTRIES[name]
+    torch.manual_seed(0)
+    model, x = checking.randomised(entry.build()), torch.randn(entry.shape, dtype=torch.float64)
+    plan = checking.random_plan(model, round_to, 0.6, only=0.8)
+    slim = checking.check(model, plan, x, round_to=round_to)
+    random_graphs.assert_accounted_for(model, plan, slim, round_to)
 
 
 def test_a_printed_case_is_the_case():

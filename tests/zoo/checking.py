@@ -156,12 +156,12 @@ def planned_weights(model, plan, x):
     Norms are masked where nothing but silence reaches them: channels by channels, or groups by groups.
     """
     gone = removed_filters(model, plan)
-    twin = copy.deepcopy(model)
-    for name, filters in gone.items():
-        layer, where = twin.get_submodule(name), torch.from_numpy(filters)
-        layer.weight.data[where] = 0
-        if layer.bias is not None:
-            layer.bias.data[where] = 0
+    twin = zeroed(model, {
+        f"{name}.{leaf}": np.flatnonzero(filters)
+        for name, filters in gone.items()
+        for leaf in ("weight", "bias")
+        if getattr(model.get_submodule(name), leaf) is not None
+    })  # fmt: skip
     masked = -1
     while True:
         silent, before = constant_inputs(twin, x), masked

@@ -577,15 +577,28 @@ def check(found, **more):
     options = {**found.options, **more}
     slim = checking.check(found.model, found.plan, found.x, **options)
     checking.assert_masks_are_honest(found.model, found.plan, torch.cat([found.x, found.x.roll(1, -1) * 1.5 - 0.2]))
-    layers = graph.prunable(found.model)
-    sizes = dict(slim.model.named_modules())
-    for name, kept in found.plan.keep.items():
-        count = layers[name].out_channels
-        stays = slim.kept.get(name, {})
+    assert_accounted_for(found.model, found.plan, slim, options.get("round_to", 1))
+    return slim
+
+
+def assert_accounted_for(model, plan, slim, round_to):
+    """Check that every filter of a planned layer left by the plan or beyond it, or stays for a reason; and rounding."""
+    layers, sizes = graph.prunable(model), dict(slim.model.named_modules())
+    for name, kept in plan.keep.items():
+        count, stays = layers[name].out_channels, slim.kept.get(name, {})
         assert set(stays).isdisjoint(kept.tolist())
         assert all(reason.strip() for reason in stays.values())
         gone = count - len(kept) - len(stays) + len(slim.beyond.get(name, ()))
         left = sizes[name].out_channels if name in sizes else count
         assert left == count - gone, f"{name} has {left} filters, and {count - gone} are accounted for"
-        assert left % options.get("round_to", 1) == 0 or left == count, f"{name} has {left} filters"
-    return slim
+        assert left % round_to == 0 or left == count, f"{name} has {left} filters"
+
+
+def strength(seeds, most=14):
+    """Return the :class:`zoo.checking.Count` of random networks compacted in the default mode."""
+    total = checking.Count()
+    for seed in seeds:
+        if (found := seeded_case(seed, most)) is not None:
+            slim = checking.pp.compact(found.model, found.plan, found.x, latency=False, verify=False)
+            total.add(checking.count(found.model, found.plan, found.x, slim))
+    return total
