@@ -2,9 +2,10 @@
 
     python benchmarks/latency_table.py [--threads N] [--batches 1 16] [--rounds N] [--only resnet50]
 
-prints a table: for each network, the original and its slim versions for scatter, intersect and scatter with
-round_to=8, from one random plan that keeps half of every layer; beside them half-width and half-MACs plans. The
-networks of one batch size take turns, and the order turns round every time; medians are printed.
+prints a table: for each network, the original and its slim versions for scatter, intersect and round_to=8, from one
+random plan that keeps half of every layer; beside them plans that remove half of the MACs, with layers of one width
+keeping different filters (apart) or the same (agreeing), and the latter in multiples of 8, 16 and 32. The networks of
+one batch size take turns, and the order turns round every time; medians are printed.
 """
 
 from __future__ import annotations
@@ -51,14 +52,19 @@ def plan_of(model: torch.nn.Module, share: float, agree: bool) -> Plan:
     return Plan(keep)
 
 
-def half_the_macs(model: torch.nn.Module, x: torch.Tensor, agree: bool) -> Plan:
-    """Return the plan of the smallest shares that leaves at least half of the MACs, by bisection."""
+def half_the_macs(model: torch.nn.Module, x: torch.Tensor, agree: bool, round_to: int = 1) -> pp.Compacted:
+    """Return the slim network of the largest shares that removes at least half of the MACs, by bisection."""
+
+    def slimmed(share: float) -> pp.Compacted:
+        plan = plan_of(model, share, agree)
+        return pp.compact(model, plan, x, verify=False, latency=False, round_to=round_to)
+
     low, high = 0.3, 1.0
     for _ in range(6):
         share = (low + high) / 2
-        slim = pp.compact(model, plan_of(model, share, agree), x, verify=False, latency=False)
-        low, high = (low, share) if slim.after.macs >= 0.5 * slim.before.macs else (share, high)
-    return plan_of(model, high, agree)
+        slim = slimmed(share)
+        low, high = (low, share) if slim.after.macs > 0.5 * slim.before.macs else (share, high)
+    return slimmed(low)
 
 
 def medians(models: dict[str, torch.nn.Module], x: torch.Tensor, rounds: int) -> dict[str, float]:
@@ -84,11 +90,10 @@ def slimmed(model: torch.nn.Module, x: torch.Tensor) -> dict[str, pp.Compacted]:
         f"half the filters, {way}": pp.compact(model, half, x, verify=False, latency=False, **options)
         for way, options in WAYS.items()
     }
-    for agree, words in ((False, "apart"), (True, "agreeing")):
-        plan = half_the_macs(model, x, agree)
-        found[f"half the MACs, {words}, scatter"] = pp.compact(model, plan, x, verify=False, latency=False)
-    plan = half_the_macs(model, x, agree=True)
-    found["half the MACs, agreeing, round_to=8"] = pp.compact(model, plan, x, verify=False, latency=False, round_to=8)
+    found["half the MACs, apart"] = half_the_macs(model, x, agree=False)
+    for multiple in (1, 8, 16, 32):
+        rounded = f", round_to={multiple}" if multiple > 1 else ""
+        found[f"half the MACs, agreeing{rounded}"] = half_the_macs(model, x, agree=True, round_to=multiple)
     return found
 
 
