@@ -675,6 +675,7 @@ def _plan_rows(plan: Plan, kept: Any = None) -> list[dict[str, Any]]:
             "before": plan.filters.get(name),
             "after": len(keep) + len(against.get(name, ())),
             "clusters": plan.why[name].k if name in plan.why else None,
+            "stability": plan.why[name].stability if name in plan.why else None,
             "note": "; ".join(
                 [plan.why[name].note] * (name in plan.why and bool(plan.why[name].note))
                 + sorted(set(against.get(name, {}).values()))

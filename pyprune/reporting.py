@@ -83,6 +83,7 @@ def _layer(name: str, result: PruneResult) -> dict[str, Any]:
         "after": len(plan.keep[name]) + len(kept_anyway),
         "k": why.k if why is not None else None,
         "silhouette": why.silhouette if why is not None else None,
+        "stability": why.stability if why is not None else None,
         "tap": result.ranks.taps.get(name, ""),
         "notes": notes,
         "fates": None if why is None or why.k is None else _fates(why),
