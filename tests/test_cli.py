@@ -95,7 +95,8 @@ def test_finetune_holds_the_masks_of_a_plan(run: Run, model: tuple[object, ...],
     status, out, _ = run("compact", "--arch", "vgg_digits", "--weights", "tuned/w", "--json")  # the zeros are found
     assert status == 0
     assert json.loads(out)["layers"][0] | {"note": ""} == {
-        "layer": "features.conv0", "before": 32, "after": 2, "clusters": None, "stability": None, "note": ""}  # fmt: skip
+        "layer": "features.conv0", "before": 32, "after": 2, "clusters": None, "stability": None, "note": "",
+    }  # fmt: skip
 
 
 def test_doctor_says_what_is_there(run: Run) -> None:
