@@ -87,7 +87,6 @@ def _index(codes: torch.Tensor, shape: torch.Size) -> tuple[IntArray, ...]:
     if flat.ndim == 1:
         return (flat,)
     rows, columns = np.divmod(flat, shape[1])
-    rows = rows[:, :1]
     if (columns == columns[:1]).all():
-        columns = columns[:1]
-    return rows, columns
+        columns = columns[:1].copy()  # a view would keep all of them
+    return rows[:, :1].copy(), columns
