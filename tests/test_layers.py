@@ -10,7 +10,7 @@ import pyprune
 PACKAGE = Path(pyprune.__file__).parent
 BASE = {
     "types", "files", "progress", "machine", "ops", "_core", "models", "data", "datasets", "measure",  # for everyone
-    "graph", "operations", "channels", "kinds", "views", "rewiring", "baking", "wrappers", "origins",
+    "graph", "operations", "channels", "joins", "kinds", "views", "rewiring", "baking", "wrappers", "origins",
     "recording",  # the traced network
     "checkpoints", "convolutions", "hrank",  # what people bring along
     "drawing",  # figures and pages
