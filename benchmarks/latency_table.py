@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,10 +25,15 @@ from pyprune.graph import convolutions
 from pyprune.measure import device_name
 from pyprune.types import Plan
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from zoo import ENTRIES
+
 NETWORKS = {
     "ResNet-56": (pp.models.resnet56, (3, 32, 32)),
     "ResNet-50": (pp.models.resnet50, (3, 224, 224)),
     "VGG-16": (pp.models.vgg16_bn, (3, 32, 32)),
+    "MobileNet v2": (ENTRIES["MobileNet v2"].whole, (3, 224, 224)),
 }
 WAYS = {
     "scatter": {"residual": "scatter"},
