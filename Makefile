@@ -24,11 +24,12 @@ demo: install  ## Train on real digits, prune, and leave the results in demo-res
 test: install  ## The quick tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-slow: install  ## The slow tests, without the sweep over the kernels
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" --ignore=tests/ops
+slow: install  ## The slow tests, without the sweeps
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu and not sweep" --ignore=tests/ops
 
-sweep: install  ## Every kernel variant on every family and size, with threads, children and memory: half an hour
+sweep: install  ## Every kernel on every family and size, threads, children, memory; thousands of networks: 40 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" tests/ops
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and sweep"
 
 fuzz: install  ## Fuzz the reader of slim folders for a minute (FUZZ_SECONDS=600 for ten)
 	$(BIN)/python -m pip install -q -c constraints.txt "atheris>=3.0"
