@@ -55,38 +55,40 @@ def _places(path: str, module: nn.Module, leaves: list[str], cut: Cut) -> dict[s
     The weight is coded apart from the rest: what is folded into a bias is a weight times a constant, so a weight of
     zeros folds nothing.
     """
-    found = {}
+    found: dict[str, tuple[IntArray, ...]] = {}
     for group in ([leaf for leaf in leaves if leaf == "weight"], [leaf for leaf in leaves if leaf != "weight"]):
-        if group:
-            twin = cut(path, _coded(module, group))
-            for leaf in group:
-                found[leaf] = _index(twin.get_parameter(leaf).detach(), module.get_parameter(leaf).shape)
+        dims = range(max((min(2, module.get_parameter(leaf).ndim) for leaf in group), default=0))
+        twins = [cut(path, _coded(module, group, dim)) for dim in dims]
+        for leaf in group:
+            codes = [twin.get_parameter(leaf).detach() for twin in twins[: module.get_parameter(leaf).ndim]]
+            found[leaf] = _index([one.reshape(one.shape[:2]).cpu().numpy() for one in codes])
     return found
 
 
-def _coded(module: nn.Module, leaves: list[str]) -> nn.Module:
-    """Return a copy of ``module`` in float64 whose ``leaves`` number their entries in the first two dimensions.
+def _coded(module: nn.Module, leaves: list[str], dim: int) -> nn.Module:
+    """Return a copy of ``module`` whose ``leaves`` hold, at each entry, its place along ``dim``, 0 or 1.
 
-    The others, kernels, are never cut; they are left out.
+    Kernels are never cut; they are left out. Other tensors are zero.
     """
     held = [*module.parameters(), *module.buffers()]
     twin: Any = copy.deepcopy(module, {id(one): one for one in held})  # each is replaced below
     for leaf, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
         shape = (*tensor.shape[:2], *([1] * (tensor.ndim - 2)))
-        coded = torch.zeros(shape, dtype=torch.float64)
-        if leaf in leaves:
-            coded = torch.arange(coded.numel(), dtype=torch.float64).view(shape)
+        coded = torch.zeros((), dtype=torch.float64).expand(shape)
+        if leaf in leaves and dim < tensor.ndim:
+            line = [1] * len(shape)
+            line[dim] = shape[dim]
+            coded = torch.arange(shape[dim], dtype=torch.float64).view(line).expand(shape)
         is_parameter = leaf in module._parameters
         setattr(twin, leaf, nn.Parameter(coded, requires_grad=False) if is_parameter else coded)
     return twin  # type: ignore[no-any-return]
 
 
-def _index(codes: torch.Tensor, shape: torch.Size) -> tuple[IntArray, ...]:
-    """Return ``codes`` as an index of arrays that broadcast: rows [F], or rows [F, 1] and columns [1 or F, C]."""
-    flat: IntArray = codes.cpu().numpy().reshape(codes.shape[:2]).astype(np.int64)
-    if flat.ndim == 1:
-        return (flat,)
-    rows, columns = np.divmod(flat, shape[1])
+def _index(codes: list[np.ndarray[Any, Any]]) -> tuple[IntArray, ...]:
+    """Return an index of arrays that broadcast: rows [F], or rows [F, 1] and columns [1 or F, C]."""
+    if len(codes) == 1:
+        return (codes[0].astype(np.int64),)
+    rows, columns = codes
     if (columns == columns[:1]).all():
-        columns = columns[:1].copy()  # a view would keep all of them
-    return rows[:, :1].copy(), columns
+        columns = columns[:1]
+    return rows[:, :1].astype(np.int64), columns.astype(np.int64)
