@@ -79,8 +79,8 @@ def test_rounding_on_the_zoo(name, round_to):
 def test_a_printed_case_is_the_case():
     found = random_graphs.seeded_case(7)
     call = ast.parse(repr(found), mode="eval").body
-    given = {one.arg: ast.literal_eval(one.value) for one in call.keywords}
-    again = case(*map(ast.literal_eval, call.args), **given)
+    (options,) = call.keywords  # **{...}
+    again = case(*map(ast.literal_eval, call.args), **ast.literal_eval(options.value))
     assert repr(again) == repr(found)
     assert checking.same_state(again.model, found.model.state_dict())
 
