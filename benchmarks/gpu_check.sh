@@ -41,6 +41,7 @@ else
   echo "== memcheck, racecheck: no compute-sanitizer here"
 fi
 step bench 240 "$python" -m pyprune bench --device cuda --out "$out/bench.json"
-cat "$out/doctor.log" "$out/bench.log"
+step ksearch 200 "$python" benchmarks/test_bench_kmeans.py cuda
+cat "$out/doctor.log" "$out/bench.log" "$out/ksearch.log"
 echo "failed: ${failed[*]:-nothing}"
 [ ${#failed[@]} -eq 0 ]

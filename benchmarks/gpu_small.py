@@ -6,7 +6,7 @@ compute-sanitizer --tool memcheck python benchmarks/gpu_small.py
 import torch
 
 from pyprune.machine import this_machine
-from pyprune.ops import rank, ssim
+from pyprune.ops import kmeans, rank, ssim
 
 SIDES = (1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 32, 33, 56, 64, 65, 112, 130, 200)
 
@@ -31,6 +31,13 @@ def main():
         if (psi.cpu() - ssim._run(w.cpu(), ssim.Constants(), "reference")[0]).abs().max() > 1e-6:
             raise SystemExit(f"{variant} disagrees with the float64 reference on {list(shape)}")
         ssim.kernel_ssim_statistics(w, thresholds=(0.2, 0.6), nearest=True)
+    if this_machine().cuda:
+        for rows, columns in ((12, 3), (65, 7), (130, 20)):
+            x = torch.rand(rows, columns, dtype=torch.float64)
+            found, expected = (kmeans.k_search(x, n_init=3, variant=name) for name in ("cuda_gram", "auto"))
+            if abs(found.scores - expected.scores).max() > 1e-9:
+                raise SystemExit(f"cuda_gram disagrees with the CPU on {rows} x {columns}")
+        ran.add("cuda_gram")
     print(f"{', '.join(sorted(ran))} on {torch.cuda.get_device_name()}; cuda {this_machine().cuda}: as the references")
 
 

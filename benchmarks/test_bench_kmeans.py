@@ -94,5 +94,20 @@ def main(F=512, C=10):
         print(f"every K of {F} x {C}: {time.perf_counter() - began:.1f} s, {peak:.0f} MB at most so far", flush=True)
 
 
+def on_gpu():
+    """Print every K on the GPU beside the CPU, interleaved."""
+    for F, C in ((256, 10), (512, 10), (1024, 1000), (2048, 1000)):
+        x = rows(F, C)
+        k_search(x[:32], variant="cuda_gram")  # warms up
+        taken = {name: [] for name in ("auto", "cuda_gram")}
+        for _ in range(3 if F < 1024 else 1):
+            for name, each in taken.items():
+                began = time.perf_counter()
+                k_search(x, variant=name)
+                each.append(time.perf_counter() - began)
+        cpu, gpu = (statistics.median(each) for each in taken.values())
+        print(f"every K of {F} x {C}: CPU {cpu:.2f} s, cuda_gram {gpu:.2f} s", flush=True)
+
+
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    on_gpu() if sys.argv[1:] == ["cuda"] else main(*map(int, sys.argv[1:]))
