@@ -557,13 +557,19 @@ MODES = ("scatter", "scatter", "intersect", "union")
 
 
 def draw_case(choose, most=14):
-    """Return a random case; ``None`` if the network has no layer that a plan may name."""
+    """Return a random case; ``None`` if the plan names no layer, or torch refuses the network."""
     network, shape = draw_network(choose, most)
     plan = draw_plan(choose, network)
     if plan is None:
         return None
     options = {"residual": choose(MODES), "round_to": choose((1, 1, 2, 4, 8))}
-    return case(network.steps, network.outputs, plan.keep, shape, **options)
+    found = case(network.steps, network.outputs, plan.keep, shape, **options)
+    try:
+        with torch.no_grad():
+            found.model(found.x.clone())
+    except RuntimeError:  # two parts of one tensor are written over each other, which torch refuses
+        return None
+    return found
 
 
 def seeded_case(seed, most=14):
