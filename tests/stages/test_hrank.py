@@ -226,7 +226,9 @@ def test_select_asks_for_ranks_only_where_a_rate_removes_something(vgg, tmp_path
     with pytest.raises(ValueError, match=r"rates gives 'features.conv16' 0.799, and there are no scores of it. Exclude"):
         pp.select(vgg, "hrank", ranks=ranks, rates=text)
     plan = pp.select(vgg, "hrank", ranks=ranks, rates=text, exclude=["features.conv16"])
-    assert {name: len(kept) for name, kept in plan.keep.items()}.items() < counts(vgg, text).items()
+    left = {name: len(kept) for name, kept in plan.keep.items()}
+    assert left == {**counts(vgg, text), "features.conv16": 512}
+    assert plan.why["features.conv16"].note == "excluded"
 
 
 # Rank files.
