@@ -223,7 +223,7 @@ def test_select_asks_for_ranks_only_where_a_rate_removes_something(vgg, tmp_path
     plan.save(tmp_path / "plan.json")
     assert pp.Plan.load(tmp_path / "plan.json") == plan
     text = "[0.95]+[0.5]*6+[0.9]*4+[0.8]*2"
-    with pytest.raises(ValueError, match=r"rates gives 'features.conv16' 0.799, and there are no scores of it. Exclude"):
+    with pytest.raises(ValueError, match=r"rates gives 'features.conv16' 0.799, and there are no scores of it"):
         pp.select(vgg, "hrank", ranks=ranks, rates=text)
     plan = pp.select(vgg, "hrank", ranks=ranks, rates=text, exclude=["features.conv16"])
     left = {name: len(kept) for name, kept in plan.keep.items()}
