@@ -97,8 +97,9 @@ def carried_out(model, slim):
         return slim.plan
     keep = dict(slim.plan.keep)
     for name, more in slim.beyond.items():
-        every = np.arange(graph.convolutions(model)[name].out_channels)
-        keep[name] = np.setdiff1d(keep.get(name, every), more)
+        every = keep.get(name, np.arange(graph.convolutions(model)[name].out_channels))
+        left = np.setdiff1d(every, more)
+        keep[name] = left if len(left) else every  # all that it keeps is without effect: masked or not
     return Plan(keep)
 
 
@@ -440,6 +441,12 @@ def test_any_residual_net_equals_its_masked_twin_and_the_walks_agree(names, widt
     assert_exact(model, Plan(keep), (2, 2, 32, 4), residual=mode)
     assert not unmasked_norms(model, Plan(keep), (2, 2, 32, 4))
     assert_walks_agree(model, Plan(keep), torch.randn(2, 2, 32, 4, dtype=torch.float64))
+
+
+def test_a_union_may_leave_a_layer_nothing_of_what_its_plan_keeps():
+    """The slice drops the channels of all that is kept: of the layer stays what a tensor cannot be without."""
+    torch.manual_seed(0)
+    assert_exact(drawn(["wider", "slice"], 6), Plan({"blocks.0.conv2": [0]}), (2, 2, 32, 4), residual="union")
 
 
 def unmasked_norms(model, plan, shape=(2, 2, 8, 8)):
