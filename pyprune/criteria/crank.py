@@ -20,7 +20,7 @@ from pyprune.types import ClassRanks, FilterWhy, FloatArray, IntArray, LayerWhy,
 
 CLUSTERERS = ("native", "sklearn")
 
-STABILITY_SEEDS = 5
+STABILITY_SEEDS = 3
 STABILITY_FILTERS = 512
 """By default other seeds are tried for layers of at most so many filters: five more searches take seconds there."""
 
@@ -87,7 +87,7 @@ class CRank:
         For k-means: 6 and 10000 in the thesis's listing, with scikit-learn's default of 10 restarts at that time.
     stability
         How many other seeds of k-means the plan is compared with, ``seed + 1`` and so on: ``Plan.stability`` has the
-        overlap of what is kept (at ease 0). ``None`` for 5 in layers of at most 512 filters; ``"native"`` only.
+        overlap of what is kept (at ease 0). ``None`` for 3 in layers of at most 512 filters; ``"native"`` only.
     jobs
         Processes for ``"sklearn"``; ``None`` for one per core. The plan does not depend on it.
 
