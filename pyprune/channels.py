@@ -126,7 +126,6 @@ class Slice:
     taken: IntArray
     index: tuple[slice, ...]
     base: str = ""
-    dim: int = 1
     copies: bool = False
 
 
@@ -301,8 +300,8 @@ class _Walk:
 
     def __post_init__(self) -> None:
         self.modules: dict[str, Any] = dict(self.model.named_modules())
-        self.fixed = _fixed_modules(self.model, self.graph, self.modules)
-        self.tied = graphs.tied_parameters(self.model)
+        self.tied, shared = graphs.tied_parameters(self.model), graphs.shared_layers(self.model)
+        self.fixed = _fixed_modules(self.graph, self.modules, self.tied, shared)
         self.counts: dict[str, int] = {}
         for node in self.graph.nodes:
             module = self.modules[str(node.target)] if node.op == "call_module" else None
@@ -314,13 +313,11 @@ class _Walk:
         self.alive = np.zeros(starts[-1], np.bool_)
         self.pinned = np.zeros(starts[-1], np.int64)
         self.reasons: list[str] = [""]
-        self.shared = {name: [one for one in names if one in self.counts] for name, names in self._shared_layers()}
+        called = {name: names for name, names in shared.items() if name in self.counts}
+        self.shared = {name: [one for one in names if one in self.counts] for name, names in called.items()}
         for name, names in self.shared.items():
             self.tie(self.own_slots(name), self.own_slots(names[0]), f"shares its weight with {names[0]}")
         self.others: list[tuple[int, str]] = []  # the first slot of each sum and padding, and its name
-
-    def _shared_layers(self) -> list[tuple[str, list[str]]]:
-        return [item for item in graphs.shared_layers(self.model).items() if item[0] in self.counts]
 
     def own_slots(self, name: str) -> IntArray:
         """Return the slots [F] of the filters of a layer."""
@@ -549,10 +546,9 @@ class _Walk:
         for name in self.counts.keys() - self.produced:
             self.pin(self.produce(name), self.fixed.get(name, "is a filter of a layer that is not followed"))
         needed, edges = self._needed(), self._edges()
-        stays = needed.copy()
-        reached(edges, stays, np.flatnonzero(stays))
+        stays = np.zeros_like(needed)
         while True:
-            reached(edges, stays, np.flatnonzero((self.pinned > 0) & ~stays))
+            reached(edges, stays, np.flatnonzero((needed | (self.pinned > 0)) & ~stays))
             leaves = ~stays
             empty = [
                 (node, value)
@@ -639,14 +635,14 @@ def _joined(arrays: Iterable[IntArray]) -> IntArray:
     return np.concatenate([np.zeros(0, np.int64), *arrays])
 
 
-def _fixed_modules(model: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+def _fixed_modules(
+    graph: fx.Graph, modules: Mapping[str, nn.Module], tied: Mapping[str, str], shared: Collection[str]
+) -> dict[str, str]:
     """Return the modules whose parameters must keep their shape, and why."""
     fixed: dict[str, str] = {}
-    tied = graphs.tied_parameters(model)
     for name in graphs.call_counts(graph):
         if change := graphs.is_changed(modules[name]):
             fixed[name] = change
-    shared = graphs.shared_layers(model)
     for name, other in tied.items():
         if name.rpartition(".")[0] in shared:
             continue
@@ -805,7 +801,7 @@ def _view(walk: _Walk, node: fx.Node) -> Found:
     start = found.places if isinstance(found, Rearranged) else views.start(before, found.dim)
     at = found if isinstance(found, Rearranged) else Rearranged(_input(node), found, start)
     places = views.moved(node, at.places, walk.modules, walk.known)
-    if places is None or tuple(places.entries.shape) != after or not _agrees(walk, node, found, places):
+    if places is None or tuple(places.entries.shape) != after or not _agrees(walk, node, found):
         return walk.pin_reads(node, f"is reshaped by {_title(node, walk.key(node))}")
     codes, first = views.combined(at.value.slots, at.value.constants)
     line = views.along_one_dimension(torch.from_numpy(codes)[places.channels()])
@@ -827,7 +823,7 @@ def _view(walk: _Walk, node: fx.Node) -> Found:
     return value
 
 
-def _agrees(walk: _Walk, node: fx.Node, found: Value | Rearranged, places: views.Places) -> bool:
+def _agrees(walk: _Walk, node: fx.Node, found: Value | Rearranged) -> bool:
     """Say whether the channels of every tensor whose shape a view takes can stay or leave with those of its own."""
     for other in node.all_input_nodes[1:]:
         if not isinstance(walk.shapes.get(other), tuple):

@@ -399,7 +399,9 @@ def _is_faithful(model: nn.Module, outputs: Any, inputs: tuple[torch.Tensor, ...
     """Say whether the graph computed what forward does: isinstance, say, may answer otherwise while it is traced."""
     with measure.running(model):
         expected = model(*_copies(inputs))
-    return _difference(_tensors(outputs), _tensors(expected)) <= NATIVE_TOLERANCES.get(_dtype(model), 5e-2)
+    return _difference(recording.tensors(outputs), recording.tensors(expected)) <= NATIVE_TOLERANCES.get(
+        _dtype(model), 5e-2
+    )
 
 
 def _shapes(
@@ -738,7 +740,7 @@ def _verify(masked: nn.Module, slim: nn.Module, decision: _Decision, inputs: tup
         run = _slimmed(slim, masked, decision)
         for word, batch, expected in _compared(inputs, generator, masked, decision):
             words.append(word)
-            worst = max(worst, _difference(_tensors(run(*_copies(batch))), expected))
+            worst = max(worst, _difference(recording.tensors(run(*_copies(batch))), expected))
     _check("in float64", worst, TOLERANCE)
     _check(f"in {_plain(dtype)}", native, limit)
     return Certificate(True, tuple(words), worst, TOLERANCE, _plain(dtype), native, limit)
@@ -907,11 +909,7 @@ def _resized(
 
 
 def _outputs(model: nn.Module, batch: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return _tensors(model(*_copies(batch)))
-
-
-def _tensors(output: Any) -> list[torch.Tensor]:
-    return recording.tensors(output)
+    return recording.tensors(model(*_copies(batch)))
 
 
 def _difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:

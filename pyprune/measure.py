@@ -430,6 +430,14 @@ def _summed(
     )
 
 
+def first_image(who: str, loader: Iterable[Any]) -> torch.Tensor:
+    """Return the first image of a training loader as a batch, [1, C, H, W]; raise if there is none."""
+    for images, _ in loader:
+        first: torch.Tensor = images[:1]
+        return first
+    raise ValueError(f"{who}: the training loader is empty; it must yield (images, labels).")
+
+
 def as_inputs(who: str, example_inputs: Any) -> tuple[torch.Tensor, ...]:
     """Return ``example_inputs`` as a tuple of tensors, each with at least one image; raise otherwise."""
     inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)

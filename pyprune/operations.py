@@ -219,12 +219,6 @@ def is_flatten(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return len(shape) == 2 and bool(shape[1] == -1) and _is_batch_size(shape[0])
 
 
-def states_columns(node: fx.Node, columns: int) -> bool:
-    """Say whether ``node`` is x.view(-1, columns) or x.view(x.size(0), columns), with the number written out."""
-    shape = _new_shape(node)
-    return len(shape) == 2 and bool(shape[1] == columns) and (_is_batch_size(shape[0]) or bool(shape[0] == -1))
-
-
 def _new_shape(node: fx.Node) -> list[Any]:
     """Return what a view or reshape is given as the shape; nothing for another node."""
     if node.op != "call_method" or node.target not in RESHAPE_METHODS:

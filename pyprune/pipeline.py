@@ -16,7 +16,7 @@ from pyprune.criteria import Criterion
 from pyprune.export import save_slim
 from pyprune.finetuning import finetune
 from pyprune.masks import mask_
-from pyprune.measure import evaluate
+from pyprune.measure import evaluate, first_image
 from pyprune.ranks import rank_filters
 from pyprune.reporting import report
 from pyprune.resuming import Run
@@ -133,7 +133,7 @@ def prune(
         )  # fmt: skip
 
     scores: dict[str, Evaluation] = {}
-    example = _example(train)
+    example = first_image("prune", train)
     ranks = run.stage("rank", "ranks.safetensors", ClassRanks, rank)
     plan = run.stage("select", "plan.json", Plan, choose)
 
@@ -162,11 +162,3 @@ _OURS = (
     "run.json", "ranks.safetensors", "ranking.safetensors", "plan.json", "training.safetensors", "history.json",
     "evaluation_*.json",
 )  # fmt: skip
-
-
-def _example(train: Iterable[Any]) -> torch.Tensor:
-    """Return one image as a batch, [1, C, H, W]."""
-    for images, _ in train:
-        first: torch.Tensor = images[:1]
-        return first
-    raise ValueError("prune: the training loader is empty; it must yield (images, labels).")

@@ -20,7 +20,7 @@ from pyprune.criteria import Criterion
 from pyprune.criteria.weights import Random
 from pyprune.equity import fairness
 from pyprune.finetuning import finetune
-from pyprune.measure import evaluate, profile
+from pyprune.measure import evaluate, first_image, profile
 from pyprune.progress import bar
 from pyprune.ranks import rank_filters
 from pyprune.reporting import report
@@ -125,7 +125,7 @@ def trial(
     run = Run("trial", folder, settings, fresh, _OWNED)
     quiet: dict[str, Any] = {"device": device, "progress": False}
     looked_at = loaders.train if loaders.ranking is None else loaders.ranking
-    example = _example(loaders.train)
+    example = first_image("trial", loaders.train)
 
     def rank() -> ClassRanks:
         return rank_filters(
@@ -236,14 +236,6 @@ def _loaders(data: Any) -> Loaders:
     if train is None or test is None:
         raise ValueError("trial: loaders of training and test images are needed; got None for one of them.")
     return Loaders(train, test, val, ranking)
-
-
-def _example(train: Iterable[Any]) -> torch.Tensor:
-    """Return one image as a batch, [1, C, H, W]."""
-    for images, _ in train:
-        first: torch.Tensor = images[:1]
-        return first
-    raise ValueError("trial: the training loader is empty; it must yield (images, labels).")
 
 
 def _plain_rates(rates: Any) -> Any:
