@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any
@@ -89,6 +89,37 @@ class Comparison:
     difference: float
     p: float | None
     d: float | None
+
+
+@dataclass(frozen=True)
+class Anova:
+    """One-way analysis of variance: F with its degrees of freedom and p; ``None`` where nothing varies or runs lack.
+
+    A large p does not show that samples are the same: :func:`equivalence` asks that.
+    """
+
+    f: float | None
+    p: float | None
+    between: int
+    within: int
+
+    def __str__(self) -> str:
+        if self.f is None or self.p is None:
+            return "ANOVA undefined (single runs, or no variance)"
+        return f"ANOVA F({self.between}, {self.within}) = {self.f:.3g}, p {self.p:.3f}"
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """Two one-sided tests: ``p`` is small if the difference of two means is shown to lie within the margin."""
+
+    difference: float
+    margin: float
+    p: float | None
+
+    def __str__(self) -> str:
+        told = "undefined" if self.p is None else f"p {self.p:.3f}"
+        return f"difference {self.difference:+.4f}, within {self.margin:g} (two one-sided tests) {told}"
 
 
 @dataclass(frozen=True)
@@ -243,6 +274,38 @@ def compare(first: FloatArray, second: FloatArray) -> Comparison:
     pooled = math.sqrt(sum((n - 1) * s**2 for _, s, n in told) / sum(n - 1 for *_, n in told))
     test = stats.ttest_ind_from_stats(*told[0], *told[1], equal_var=False)
     return Comparison(difference, float(test.pvalue), difference / pooled)
+
+
+def anova(samples: Sequence[FloatArray]) -> Anova:
+    """Compare the means of several samples by one-way analysis of variance."""
+    from scipy import stats
+
+    sizes = [len(one) for one in samples]
+    between, within = len(sizes) - 1, sum(sizes) - len(sizes)
+    if between < 1 or min(sizes) < 1 or within < 1 or not any(np.ptp(one) for one in samples):
+        return Anova(None, None, between, within)
+    found = stats.f_oneway(*samples)
+    return Anova(float(found.statistic), float(found.pvalue), between, within)
+
+
+def equivalence(first: FloatArray, second: FloatArray, margin: float) -> Equivalence:
+    """Test whether two means differ by less than ``margin``: two one-sided Welch tests, of which the larger p counts.
+
+    Raises
+    ------
+    ValueError
+        If ``margin`` is not positive.
+    """
+    from scipy import stats
+
+    if not 0 < margin < math.inf:
+        raise ValueError(f"equivalence: margin must be a positive number; got {margin}.")
+    difference = float(np.mean(first) - np.mean(second)) if len(first) and len(second) else math.nan
+    if len(first) < 2 or len(second) < 2 or not (np.ptp(first) or np.ptp(second)):
+        return Equivalence(difference, margin, None)
+    above = stats.ttest_ind(first + margin, second, equal_var=False, alternative="greater").pvalue
+    below = stats.ttest_ind(first - margin, second, equal_var=False, alternative="less").pvalue
+    return Equivalence(difference, margin, float(max(above, below)))
 
 
 def overlap(first: IntArray, second: IntArray, filters: int) -> Overlap:

@@ -1119,7 +1119,11 @@ class CKRM:
         ValueError
             If the file is missing, truncated, of another kind, inconsistent or from a newer pyprune.
         """
-        content = files.read_json("CKRM.load", path, cls.FORMAT, cls.VERSION)
+        return cls.from_json(files.read_json("CKRM.load", path, cls.FORMAT, cls.VERSION), str(path))
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], where: str = "the content") -> CKRM:
+        """Return what :meth:`to_json` gave; ``ValueError`` naming ``where`` if it cannot be that."""
         try:
             if content["epsilons"] != list(EPSILONS):
                 raise KeyError("epsilons")
@@ -1137,9 +1141,9 @@ class CKRM:
                 notes=tuple(str(note) for note in content["notes"]),
             )
         except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
-            raise ValueError(f"CKRM.load: {path} lacks or garbles {error}.") from None
+            raise ValueError(f"CKRM.load: {where} lacks or garbles {error}.") from None
         except ValueError as error:
-            raise ValueError(f"CKRM.load: {path} is damaged ({error})") from None
+            raise ValueError(f"CKRM.load: {where} is damaged ({error})") from None
 
     def __str__(self) -> str:
         parts = [_redundancy_table(self, network) for network in self.networks]
