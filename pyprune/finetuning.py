@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import logging
 import math
 import os
 import random
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pyprune import files, measure
+from pyprune.loggers import as_log
 from pyprune.progress import bar
 from pyprune.types import Epoch, History
 
@@ -35,7 +35,15 @@ CHECK_EVERY = 32
 """Batches between two looks at the losses: each look makes the host wait for the GPU."""
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Log = Callable[[dict[str, Any]], object]
+Objective = Callable[[nn.Module, tuple[Any, ...]], torch.Tensor]
+
+
+class Diverged(ValueError):  # noqa: N818  a state of the training, named as such
+    """Training came to NaN or infinity in ``epoch``, counted from 1; another seed or a lower rate may not."""
+
+    def __init__(self, message: str, epoch: int = 0) -> None:
+        super().__init__(message)
+        self.epoch = epoch
 
 
 class HasMasks(Protocol):
@@ -66,6 +74,8 @@ def finetune(
     weight_decay: float = 5e-4,
     schedule: Literal["cosine", "step", "constant"] = "cosine",
     loss: Loss | None = None,
+    objective: Objective | None = None,
+    patience: int | None = None,
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto",
     device: str | torch.device | None = None,
     seed: int = 0,
@@ -104,6 +114,14 @@ def finetune(
         ``"step"`` divides by ten after half and after three quarters of the epochs; ``"constant"`` does not anneal.
     loss
         Mean loss of a batch from (scores, labels); cross-entropy by default. Validation uses cross-entropy.
+    objective
+        In place of ``loss``, for losses that need more than scores and labels: ``objective(model, batch)`` runs the
+        model itself and returns the mean loss of the batch, a scalar. ``batch`` is the tuple that ``train`` yielded,
+        which may be longer than (images, labels), with its tensors on the device. Of what ``val`` yields only the
+        first two are read.
+    patience
+        Stop after so many epochs without a better one on ``val``; the schedule is still that of all ``epochs``, and
+        ``History.stopped`` says what happened.
     amp
         Mixed precision: ``"auto"`` is bfloat16 on a GPU that computes in it, float16 with loss scaling on an older
         one, and off on a CPU.
@@ -129,8 +147,10 @@ def finetune(
     Raises
     ------
     TypeError, ValueError
-        If a setting, a loader, a label or the checkpoint is not usable, or a loss is NaN or infinite. Whenever
-        training is broken off, the model gets its best weights so far, or those it came with.
+        If a setting, a loader, a label or the checkpoint is not usable.
+    Diverged
+        A ValueError: a loss, or a score on ``val``, is NaN or infinite; its ``epoch`` says when. Whenever training is
+        broken off, the model gets its best weights so far, or those it came with.
 
     Examples
     --------
@@ -145,21 +165,27 @@ def finetune(
     options = {
         "epochs": epochs, "steps": steps, "lr": lr, "momentum": momentum, "weight_decay": weight_decay,
         "schedule": schedule,
-        "loss": "cross_entropy" if loss is None else getattr(loss, "__name__", type(loss).__name__), "amp": amp,
+        "loss": _name(objective or loss or F.cross_entropy), "amp": amp, "patience": patience,
         "seed": seed, "chosen_by": "last epoch, no validation data" if val is None else "validation top-1, then loss",
     }  # fmt: skip
     _check_options(options)
+    if loss is not None and objective is not None:
+        raise ValueError("finetune: needs loss or objective; got both. Put what loss computes into the objective.")
+    if patience is not None and val is None:
+        raise ValueError(f"finetune: patience={patience} needs val, on which an epoch is better; got none. Pass val.")
     for name, loader in (("train", train), ("val", val)):
         _check_loader(name, loader)
-    write = _as_log(log)
+    write = as_log("finetune", log)
     with measure.running(model, device, train=True) as place, _own_random_state(place, train, val) as reseed:
-        run = _Run(model, train, loss or F.cross_entropy, options, _precision(amp, place), place, masks)
+        run = _Run(model, train, loss or F.cross_entropy, objective, options, _precision(amp, place), place, masks)
         path = None if checkpoint is None else Path(checkpoint)
         try:
             if path is not None:
                 run.open(path)
             with bar("fine-tune", steps or _steps(train, epochs), progress) as advance:
                 for epoch in range(len(run.history) + 1, epochs + 1):
+                    if run.stopped:
+                        break
                     reseed(seed, epoch)
                     run.train_epoch(epoch, val, advance)
                     if path is not None:
@@ -167,7 +193,7 @@ def finetune(
                     write(asdict(run.history[-1]))
         finally:
             run.finish()
-    return History(tuple(run.history), run.best.epoch, options)
+    return History(tuple(run.history), run.best.epoch, options, run.stopped)
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
@@ -184,6 +210,9 @@ def _check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(f"finetune: schedule must be one of {', '.join(SCHEDULES)}; got {options['schedule']!r}.")
     if options["amp"] not in PRECISIONS:
         raise ValueError(f"finetune: amp must be one of {', '.join(PRECISIONS)}; got {options['amp']!r}.")
+    patience = options["patience"]
+    if patience is not None and (isinstance(patience, bool) or not isinstance(patience, int) or patience < 1):
+        raise ValueError(f"finetune: patience must be a whole number of at least 1, or None; got {patience!r}.")
     if isinstance(options["seed"], bool) or not isinstance(options["seed"], int):
         raise TypeError(f"finetune: seed must be a whole number; got {options['seed']!r}.")
 
@@ -196,29 +225,6 @@ def _check_loader(name: str, loader: Iterable[Any] | None) -> None:
         )
     if isinstance(loader, Sized) and len(loader) == 0:
         raise ValueError(f"finetune: needs at least one image; the {name} loader is empty.")
-
-
-def _as_log(log: Any) -> Log:
-    """Return a function that hands a row to ``log``, whatever kind of logger it is."""
-    if log is None:
-        return lambda row: None
-    if isinstance(log, logging.Logger):
-        return lambda row: log.info("%s", row)
-    if hasattr(log, "log_metrics"):
-        return lambda row: log.log_metrics(_numbers(row), step=row["epoch"])
-    if hasattr(log, "add_scalar"):
-        return lambda row: [log.add_scalar(name, value, row["epoch"]) for name, value in _numbers(row).items()]
-    if hasattr(log, "log"):
-        return lambda row: log.log(row)
-    if callable(log):
-        return lambda row: log(row)
-    raise TypeError(
-        f"finetune: log must be callable or have .log, .add_scalar or .log_metrics; got {type(log).__name__}."
-    )
-
-
-def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in row.items() if value is not None}
 
 
 def _epochs_of(steps: int, train: Iterable[Any]) -> int:
@@ -252,6 +258,10 @@ def _annealed(schedule: str, lr: float, done: float) -> float:
     return lr
 
 
+def _name(function: Any) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
 @dataclass(frozen=True)
 class _Best:
     """The weights to end with: those of ``epoch``, or the ones the model came with (epoch 0)."""
@@ -267,6 +277,7 @@ class _Run:
     model: nn.Module
     train: Iterable[Any]
     loss: Loss
+    objective: Objective | None
     options: Mapping[str, Any]
     precision: torch.dtype | None
     device: torch.device
@@ -304,11 +315,27 @@ class _Run:
         lr, train_loss = self._pass(epoch, advance)
         val_loss = val_top1 = None
         if val is not None:
-            val_loss, val_top1 = measure.loss_and_top1("finetune", self.model, val)
+            val_loss, val_top1 = self._validate(epoch, val)
         self.history.append(Epoch(epoch, lr, train_loss, val_loss, val_top1, time.perf_counter() - began))
         advance(0, note=_note(self.history[-1]))
         if val is None or _goodness(self.history[-1]) > max(map(_goodness, self.history[:-1]), default=(-1.0, 0.0)):
             self.best = _Best(epoch, self._copy())
+
+    @property
+    def stopped(self) -> str:
+        """Why training ends here although epochs are left, or nothing."""
+        patience, epochs = self.options["patience"], len(self.history)
+        if patience is None or epochs - self.best.epoch < patience or epochs == self.options["epochs"]:
+            return ""
+        return f"after epoch {epochs} of {self.options['epochs']}: none was better than {self.best.epoch} on val"
+
+    def _validate(self, epoch: int, val: Iterable[Any]) -> tuple[float, float]:
+        """Return loss and top-1 on ``val``, of which an objective may need more than images and labels."""
+        pairs = val if self.objective is None else map(_pair, val)
+        try:
+            return measure.loss_and_top1("finetune", self.model, pairs)
+        except measure.NotFinite as error:
+            raise Diverged(f"{error} That was on val after epoch {epoch}. {self._advice()}", epoch) from None
 
     def _pass(self, epoch: int, advance: Callable[..., None]) -> tuple[float, float]:
         """Run over the training data once; return the first learning rate and the mean loss of an image."""
@@ -321,9 +348,9 @@ class _Run:
             lr = self._lr(epoch, min(position / batches, 1.0) if batches else 0.0)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            images, labels = measure.as_batch("finetune", batch, position)
-            losses.append(self._step(images, labels))
-            sizes.append(len(images))
+            checked = self._as_batch(batch, position)
+            losses.append(self._step(checked))
+            sizes.append(len(checked[0]))
             if len(losses) % CHECK_EVERY == 0:
                 self._check_losses(epoch, losses[-CHECK_EVERY:], len(losses) - CHECK_EVERY)
             advance()
@@ -340,29 +367,46 @@ class _Run:
             passes = self.options["steps"] / len(self.train)
         return _annealed(self.options["schedule"], self.options["lr"], (epoch - 1 + within) / passes)
 
-    def _step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _as_batch(self, batch: Any, position: int) -> tuple[Any, ...]:
+        """Return images, labels and, for an objective, whatever else the loader yields."""
+        if self.objective is None:
+            return measure.as_batch("finetune", batch, position)
+        rest = batch[2:] if isinstance(batch, (tuple, list)) else ()
+        return (*measure.as_batch("finetune", _pair(batch), position), *rest)
+
+    def _step(self, batch: tuple[Any, ...]) -> torch.Tensor:
         """Take one optimizer step and return the batch's loss, detached and on the device."""
         with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
-            outputs = self.model(images.to(self.device, non_blocking=True))
-            measure.check_outputs("finetune", outputs, len(images))
-            measure.check_labels("finetune", labels, outputs.shape[1])
-            value = self.loss(outputs, labels.long().to(self.device, non_blocking=True))
+            value = _check_value(self._value(batch))
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(self.scaler.scale(value))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return value.detach()
 
+    def _value(self, batch: tuple[Any, ...]) -> Any:
+        """Return the loss of a batch; labels are checked where they come from, so that no GPU is waited for."""
+        there = tuple(x.to(self.device, non_blocking=True) if isinstance(x, torch.Tensor) else x for x in batch)
+        if self.objective is not None:
+            return self.objective(self.model, there)
+        outputs = self.model(there[0])
+        measure.check_outputs("finetune", outputs, len(batch[0]))
+        measure.check_labels("finetune", batch[1], outputs.shape[1])
+        return self.loss(outputs, there[1].long())
+
     def _check_losses(self, epoch: int, losses: list[torch.Tensor], first: int) -> None:
         values = torch.stack(losses).cpu()
         if not values.isfinite().all():
             at = int((~values.isfinite()).nonzero()[0])
-            came = f"epoch {self.best.epoch}" if self.best.epoch else "before training"
-            raise ValueError(
+            raise Diverged(
                 f"finetune: the loss must stay finite; it was {float(values[at])} in epoch {epoch}, batch {first + at}"
-                f" (counted from 0). Lower lr ({self.options['lr']}) or look at the data. "
-                f"The model has its weights of {came} again."
+                f" (counted from 0). {self._advice()}",
+                epoch,
             )
+
+    def _advice(self) -> str:
+        came = f"epoch {self.best.epoch}" if self.best.epoch else "before training"
+        return f"Lower lr ({self.options['lr']}) or look at the data. The model has its weights of {came} again."
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Return what training changes, by name: parameters and buffers."""
@@ -444,6 +488,20 @@ class _Run:
                 "Delete it to start again, or choose another checkpoint."
             )
         self.start = str(about["start"])
+
+
+def _pair(batch: Any) -> Any:
+    return batch[:2] if isinstance(batch, (tuple, list)) else batch
+
+
+def _check_value(value: Any) -> torch.Tensor:
+    """Return ``value`` if it is a loss to descend; raise ``TypeError`` otherwise."""
+    if isinstance(value, torch.Tensor) and value.ndim == 0 and value.requires_grad:
+        return value
+    came = type(value).__name__
+    if isinstance(value, torch.Tensor):
+        came = f"shape {list(value.shape)}" if value.ndim else "one that no parameter leads to"
+    raise TypeError(f"finetune: the loss must be a scalar tensor with a gradient; got {came}. Return the mean.")
 
 
 def _goodness(epoch: Epoch) -> tuple[float, float]:

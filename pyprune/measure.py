@@ -49,6 +49,10 @@ def as_device(device: str | torch.device) -> torch.device:
     return found
 
 
+class NotFinite(ValueError):  # noqa: N818  named for what was found
+    """A model's outputs were NaN or infinite."""
+
+
 @contextmanager
 def running(model: nn.Module, device: Device = None, *, train: bool = False) -> Iterator[torch.device]:
     """Put ``model`` into eval (or training) mode on ``device`` and yield that; flags and place are put back.
@@ -136,7 +140,7 @@ def scores(
             check_labels(who, labels, outputs.shape[1])
             wrong = len(outputs) - int(outputs.isfinite().all(dim=1).sum())
             if wrong:
-                raise ValueError(
+                raise NotFinite(
                     f"{who}: the model's outputs must be finite; {wrong} of {len(outputs)} images of batch {position}"
                     " gave NaN or infinity."
                 )

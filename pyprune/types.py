@@ -317,12 +317,14 @@ class Epoch:
 class History:
     """What :func:`pyprune.finetune` did; ``best`` is the number of the epoch whose weights the model holds now.
 
-    ``options["chosen_by"]`` says how that epoch was chosen.
+    ``options["chosen_by"]`` says how that epoch was chosen; ``stopped`` says when and why training ended before all
+    epochs were over, and is empty where it did not.
     """
 
     epochs: tuple[Epoch, ...]
     best: int
     options: Mapping[str, Any] = field(default_factory=dict)
+    stopped: str = ""
 
     FORMAT = "pyprune.history"
     VERSION = 1
@@ -337,7 +339,7 @@ class History:
         content = files.read_json("History.load", path, cls.FORMAT, cls.VERSION)
         try:
             epochs = tuple(Epoch(**epoch) for epoch in content["epochs"])
-            return cls(epochs, int(content["best"]), dict(content["options"]))
+            return cls(epochs, int(content["best"]), dict(content["options"]), str(content.get("stopped", "")))
         except (KeyError, TypeError) as error:
             raise ValueError(f"History.load: {path} lacks or garbles {error}.") from None
 

@@ -18,7 +18,7 @@ BASE = {
     "slimfile", "slimcalls", "slimrun", "slimreading", "slimsource",  # the slim folder
     "clustering", "redundancy_plots", "trial_plots", "resizing",  # parts of one stage each
     "criteria", "budgets", "coupling", "selection_plots",  # parts of selection
-    "optimizers", "resuming", "comparing", "searching",  # part of what compaction returns, and of long runs
+    "optimizers", "resuming", "comparing", "searching", "loggers",  # part of what compaction returns, and of long runs
     "benching",  # measures the kernels
 }  # fmt: skip
 KNOWS_THE_ORDER = {"__init__", "__main__", "pipeline", "trials", "demo", "cli", "testing"}

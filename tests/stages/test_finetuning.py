@@ -2,9 +2,12 @@ import json
 import logging
 import math
 import os
+import pickle
 import random
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyprune import data, files, finetuning, models
 from pyprune.compaction import compact
-from pyprune.finetuning import finetune
+from pyprune.finetuning import Diverged, finetune
 from pyprune.masks import mask_
 from pyprune.types import History, Plan
 from tolerances import TRAINED_FLOAT64
@@ -193,6 +196,131 @@ def test_without_validation_the_last_epoch_stays_and_the_history_says_so():
     longer = net()
     finetune(longer, loaders()[0], **quiet(schedule="constant"))
     assert not same(weights(model), weights(longer))
+
+
+# patience
+
+
+def scripted(monkeypatch, top1):
+    """Let validation say ``top1``, epoch by epoch."""
+    said = iter(top1)
+    monkeypatch.setattr(finetuning.measure, "loss_and_top1", lambda *args: (0.5, next(said)))
+
+
+@pytest.mark.parametrize(
+    ("top1", "patience", "epochs", "best"),
+    [
+        ([0.5, 0.6, 0.6, 0.5, 0.9], 2, 4, 2),  # an equal epoch is no better one
+        ([0.5, 0.4, 0.9], 1, 2, 1),
+        ([0.5, 0.4, 0.6, 0.5, 0.7], 2, 5, 5),
+        ([0.5, 0.4, 0.4, 0.4, 0.4], 4, 5, 1),  # the last epoch: nothing was left to be stopped
+        ([0.5, 0.4, 0.4, 0.4, 0.4], None, 5, 1),
+    ],
+)
+def test_patience_stops_after_epochs_without_a_better_one(monkeypatch, top1, patience, epochs, best):
+    scripted(monkeypatch, top1)
+    history = finetune(net(), *loaders(), **quiet(epochs=5), patience=patience)
+    assert (len(history.epochs), history.best) == (epochs, best)
+    expected = f"after epoch {epochs} of 5: none was better than {best} on val" if epochs < 5 else ""
+    assert history.stopped == expected
+
+
+def test_the_schedule_is_that_of_all_epochs_even_if_some_are_not_run(monkeypatch):
+    scripted(monkeypatch, [0.5, 0.4, 0.4])
+    history = finetune(net(), *loaders(), **quiet(epochs=20), patience=2)
+    assert [epoch.lr for epoch in history.epochs] == pytest.approx(
+        [0.05 * (1 + math.cos(math.pi * i / 20)) / 2 for i in range(3)], rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("killed", [2, 3, 4])
+def test_a_continued_run_stops_at_the_same_epoch_with_the_same_bits(tmp_path, monkeypatch, killed):
+    told = [0.5, 0.6, 0.6, 0.5, 0.9]
+    whole, continued = net(), net()
+    scripted(monkeypatch, told)
+    expected = finetune(whole, *loaders(), **quiet(epochs=5), patience=2)
+    scripted(monkeypatch, told)
+    train, val = loaders()
+    with pytest.raises(Stop):
+        finetune(net(), killed_in(train, killed, 2), val, **quiet(epochs=5), patience=2, checkpoint=tmp_path / "run")
+    for again in ("continued", "finished already"):
+        scripted(monkeypatch, told[killed - 1 :])
+        history = finetune(continued, *loaders(), **quiet(epochs=5), patience=2, checkpoint=tmp_path / "run")
+        assert (len(history.epochs), history.best, history.stopped) == (4, 2, expected.stopped), again
+        assert same(weights(continued), weights(whole))
+
+
+# an objective of one's own
+
+
+class Weighted(Blobs):
+    """Images, labels and a weight for each image: the third item that a loss may need."""
+
+    def __getitem__(self, i):
+        return *super().__getitem__(i), torch.tensor(float(i % 2))
+
+
+def even_images_do_not_count(model, batch):
+    images, labels, weight = batch
+    return (F.cross_entropy(model(images), labels, reduction="none") * weight).mean()
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_an_objective_gets_all_that_the_loader_yields(amp):
+    """With masks and mixed precision; what it leaves out has no influence, and plain cross-entropy gives the rest."""
+    model, twin, plain = net(dropout=0), net(dropout=0), net(dropout=0)
+    for one in (model, twin, plain):
+        one[1].eval()  # batch statistics would let images that do not count have a say
+        one[1].forward = partial(F.batch_norm, running_mean=torch.zeros(6), running_var=torch.ones(6))
+    noisy = Weighted()
+    noisy.tensors[0][::2] = 9 * torch.randn(24, 1, 6, 6, generator=torch.Generator().manual_seed(5))
+    val = data.loader(Weighted(24, seed=1), 24)
+    options = quiet(objective=even_images_do_not_count, amp=amp, epochs=2)
+    for one, images in ((model, Weighted()), (twin, noisy)):
+        history = finetune(one, DataLoader(images, 8), val, masks=mask_(one, PLAN), **options)
+        assert history.options["loss"] == "even_images_do_not_count"
+        assert not one[0].weight[1].any()
+    assert same(weights(model), weights(twin))
+    finetune(plain, DataLoader(Blobs(), 8), masks=mask_(plain, PLAN), **quiet(epochs=2, amp=amp))
+    assert not same(weights(model), weights(plain))
+
+
+def test_the_objective_of_cross_entropy_is_the_default():
+    model, plain = net(), net()
+    expected = finetune(plain, *loaders(), **quiet())
+    found = finetune(model, *loaders(), objective=lambda m, batch: F.cross_entropy(m(batch[0]), batch[1]), **quiet())
+    assert same(weights(model), weights(plain))
+    assert [epoch.train_loss for epoch in found.epochs] == [epoch.train_loss for epoch in expected.epochs]
+
+
+def test_an_objective_is_continued_with_the_same_bits_and_only_by_itself(tmp_path):
+    whole, continued = net(), net()
+    options = quiet(objective=even_images_do_not_count)
+
+    def triples():
+        return data.loader(Weighted(), 8, shuffle=True), data.loader(Weighted(24, seed=1), 24)
+
+    finetune(whole, *triples(), **options)
+    train, val = triples()
+    with pytest.raises(Stop):
+        finetune(net(), killed_in(train, 3, 1), val, **options, checkpoint=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"it differs in loss\."):
+        finetune(net(), *loaders(), **quiet(), checkpoint=tmp_path / "run")
+    finetune(continued, *triples(), **options, checkpoint=tmp_path / "run")
+    assert same(weights(continued), weights(whole))
+
+
+@pytest.mark.parametrize(
+    ("value", "came"),
+    [
+        (lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none"), r"shape \[8\]"),
+        (lambda model, batch: torch.tensor(1.0), "one that no parameter leads to"),
+        (lambda model, batch: 1.5, "float"),
+    ],
+)
+def test_an_objective_must_return_a_loss(value, came):
+    with pytest.raises(TypeError, match=f"finetune: the loss must be a scalar tensor with a gradient; got {came}"):
+        finetune(net(), *loaders(), objective=value, **quiet())
 
 
 # masks
@@ -485,6 +613,32 @@ def test_a_loss_that_is_nan_is_named_and_undone():
     assert same(weights(model), before)
 
 
+def test_divergence_has_a_class_of_its_own_and_names_the_epoch():
+    epochs = []
+
+    def loss(outputs, labels):
+        return F.cross_entropy(outputs, labels) * (math.inf if len(epochs) == 2 else 1)
+
+    model = net()
+    train, val = loaders()
+    with pytest.raises(Diverged, match=r"in epoch 3, batch 0 .*has its weights of epoch \d again") as raised:
+        finetune(model, train, val, loss=loss, log=epochs.append, **quiet(epochs=4))
+    assert raised.value.epoch == 3
+    assert pickle.loads(pickle.dumps(raised.value)).epoch == 3  # noqa: S301  it may come from another process
+    assert all(tensor.isfinite().all() for tensor in weights(model).values())
+
+
+def test_scores_on_val_that_are_not_finite_are_divergence_too():
+    """The loss of the last batch is finite and the step after it is not: only validation sees that."""
+    model = net(dropout=0)
+    before = weights(model)
+    images, labels = Blobs().tensors
+    with pytest.raises(Diverged, match=r"outputs must be finite; 24 of 24 .*on val after epoch 1\. Lower lr") as raised:
+        finetune(model, [(images, labels)], loaders()[1], **quiet(lr=1e38, epochs=1))
+    assert raised.value.epoch == 1
+    assert same(weights(model), before)
+
+
 def test_a_nan_in_a_long_epoch_is_noticed_early():
     seen = []
 
@@ -521,6 +675,15 @@ def test_training_flags_come_back(flags):
         ({"momentum": 1}, ValueError, r"momentum must be in \[0, 1\); got 1"),
         ({"weight_decay": -1}, ValueError, "weight_decay must not be negative; got -1"),
         ({"schedule": "linear"}, ValueError, "schedule must be one of cosine, step, constant; got 'linear'"),
+        ({"patience": 0}, ValueError, "patience must be a whole number of at least 1, or None; got 0"),
+        ({"patience": True}, ValueError, "patience must be a whole number of at least 1, or None; got True"),
+        ({"patience": 2, "val": None}, ValueError, r"patience=2 needs val, .*; got none\. Pass val"),
+        (
+            {"loss": F.cross_entropy, "objective": even_images_do_not_count},
+            ValueError,
+            "needs loss or objective; got bo",
+        ),
+        ({"train": [(torch.zeros(2, 1, 6, 6),) * 3]}, TypeError, r"must yield \(images, labels\)"),
         ({"amp": "fp8"}, ValueError, "amp must be one of auto, off, bf16, fp16; got 'fp8'"),
         ({"seed": "a"}, TypeError, "seed must be a whole number; got 'a'"),
         ({"log": 3}, TypeError, r"log must be callable or have \.log, \.add_scalar or \.log_metrics; got int"),
@@ -596,9 +759,14 @@ def test_any_logger_will_do(caplog):
 
 
 def test_history_survives_a_round_trip(tmp_path):
-    history = finetune(net(), *loaders(), **quiet())
-    history.save(tmp_path / "history.json")
-    assert History.load(tmp_path / "history.json") == history
+    history = replace(finetune(net(), *loaders(), **quiet()), stopped="after epoch 3 of 9")
+    path = tmp_path / "history.json"
+    history.save(path)
+    assert History.load(path) == history
+    content = json.loads(path.read_text())
+    del content["stopped"]  # as before there was patience
+    path.write_text(json.dumps(content))
+    assert History.load(path) == replace(history, stopped="")
 
 
 # really killed
