@@ -2,20 +2,50 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pyprune.models.building import check_counts, initialise, scaled
+from pyprune.models.building import Widths, check_counts, initialise
 
 HEADS = ("linear", "fc")
 STEMS = ("imagenet", "cifar")
 
+DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
+"""Blocks in each stage of the CIFAR networks."""
+
+CIFAR_STAGES = {"layer1": 16, "layer2": 32, "layer3": 64}
+"""Their widths."""
+
 STAGES = {"layer1": 3, "layer2": 4, "layer3": 6, "layer4": 3}
 """Blocks of each stage of ResNet-50; its bottlenecks are 64, 128, 256 and 512 wide, its streams four times that."""
+
+
+def _cifar_widths(blocks: int) -> Widths:
+    """Say that a stage has one width, and that what it adds up has one; the stem belongs to the first stage."""
+    layers = {"conv1": ("layer1", 1)}
+    for stage in CIFAR_STAGES:
+        layers |= {f"{stage}.{k}.conv{i}": (stage, 1) for k in range(blocks) for i in (1, 2)}
+    stems = {"layer1": ("conv1",)}
+    streams = [(*stems.get(stage, ()), *(f"{stage}.{k}.conv2" for k in range(blocks))) for stage in CIFAR_STAGES]
+    return Widths(CIFAR_STAGES, layers, tuple(streams))
+
+
+def _resnet50_widths() -> Widths:
+    """Say that bottlenecks have the width of their stage, and what their stage adds up four times that."""
+    layers, streams = {"conv1": ("conv1", 1)}, []
+    for stage, blocks in STAGES.items():
+        for k in range(blocks):
+            layers |= {f"{stage}.{k}.conv{i}": (stage, 4 if i == 3 else 1) for i in (1, 2, 3)}
+            layers |= {f"{stage}.0.downsample.0": (stage, 4)} if k == 0 else {}
+        streams.append(tuple(name for name, own in layers.items() if own == (stage, 4)))
+    return Widths({"conv1": 64} | {stage: 64 << i for i, stage in enumerate(STAGES)}, layers, tuple(streams))
+
+
+WIDTHS = {name: _cifar_widths(blocks) for name, blocks in DEPTHS.items()} | {"resnet50": _resnet50_widths()}
+"""What is free in each network."""
 
 
 class BasicBlock(nn.Module):
@@ -23,14 +53,14 @@ class BasicBlock(nn.Module):
 
     Where the block halves the map, the shortcut takes every second row and column. Where it widens, zero channels are
     added on both sides: (outputs - inputs) // 2 before and the rest after, so any widths fit. That is outputs // 4
-    on each side where the width doubles to a multiple of four.
+    on each side where the width doubles to a multiple of four. Where it narrows, channels are left out on both sides.
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, inner: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(inputs, inner, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, outputs, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.stride = stride
         before = (outputs - inputs) // 2
@@ -53,37 +83,50 @@ class CifarResNet(nn.Module):
     Parameters
     ----------
     who
-        The public name, for messages.
-    blocks
-        Blocks in each stage.
-    num_classes, in_channels, width, head
+        The public name, for messages and the number of blocks.
+    num_classes, in_channels, width, head, widths
         As in :func:`resnet20`.
     """
 
-    def __init__(self, who: str, blocks: int, num_classes: int, in_channels: int, width: float, head: str) -> None:
+    def __init__(
+        self, who: str, num_classes: int, in_channels: int, width: float, head: str, widths: Mapping[str, int] | None
+    ) -> None:
         super().__init__()
         check_counts(who, num_classes=num_classes, in_channels=in_channels)
         _check_choice(who, "head", head, HEADS)
-        widths = [scaled(who, size, width) for size in (16, 32, 64)]
-        self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(widths[0])
-        self.layer1 = _stage(widths[0], widths[0], blocks, stride=1)
-        self.layer2 = _stage(widths[0], widths[1], blocks, stride=2)
-        self.layer3 = _stage(widths[1], widths[2], blocks, stride=2)
+        sizes = WIDTHS[who].chosen(who, widths, width)
+        self.conv1 = nn.Conv2d(in_channels, sizes["conv1"], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(sizes["conv1"])
+        inputs = sizes["conv1"]
+        for stage in CIFAR_STAGES:
+            blocks = []
+            for k in range(DEPTHS[who]):
+                inner, outputs = (sizes[f"{stage}.{k}.conv{i}"] for i in (1, 2))
+                blocks.append(BasicBlock(inputs, inner, outputs, 2 if k == 0 and stage != "layer1" else 1))
+                inputs = outputs
+            self.add_module(stage, nn.Sequential(*blocks))
         self.head = head
-        self.add_module(head, nn.Linear(widths[2], num_classes))
+        self.add_module(head, nn.Linear(inputs, num_classes))
         initialise(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the scores [N, classes] of images ``x`` [N, C, H, W]."""
         y = F.relu(self.bn1(self.conv1(x)))
-        y = self.layer3(self.layer2(self.layer1(y)))
+        for stage in CIFAR_STAGES:
+            y = getattr(self, stage)(y)
         y = torch.flatten(F.adaptive_avg_pool2d(y, 1), 1)
         scores: torch.Tensor = getattr(self, self.head)(y)
         return scores
 
 
-def resnet20(*, num_classes: int = 10, in_channels: int = 3, width: float = 1.0, head: str = "linear") -> CifarResNet:
+def resnet20(
+    *,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    width: float = 1.0,
+    head: str = "linear",
+    widths: Mapping[str, int] | None = None,
+) -> CifarResNet:
     """ResNet-20 for 32x32 images: 0.27 million parameters.
 
     The CIFAR networks of He et al. with option-A shortcuts: a 3x3 convolution, then three stages of (depth - 2) / 6
@@ -101,6 +144,11 @@ def resnet20(*, num_classes: int = 10, in_channels: int = 3, width: float = 1.0,
     head
         Name of the last layer: ``"linear"``, or ``"fc"`` as in HRank's ResNet-56.
         :func:`pyprune.load_checkpoint` reads either into either.
+    widths
+        Instead of ``width``: filters by name, of a stage or of single convolutions, the others being standard:
+        ``{"layer1": 8, "layer2": 24}`` or ``{"layer1.0.conv1": 4}``. A convolution's own name goes before its stage's.
+        What a stage adds up (``layer1.0.conv2``, ``layer1.1.conv2``, ..., and the stem ``conv1`` in the first) has one
+        width: naming one sets them all. :func:`pyprune.models.standard_widths` lists what can be chosen.
 
     Returns
     -------
@@ -110,7 +158,10 @@ def resnet20(*, num_classes: int = 10, in_channels: int = 3, width: float = 1.0,
     Raises
     ------
     ValueError
-        If a count is below 1, ``width`` is not positive, or ``head`` is unknown.
+        If a count is below 1, ``width`` is not positive, ``head`` is unknown, ``widths`` names what there is not or
+        gives convolutions that are added two widths, or ``width`` is given as well.
+    TypeError
+        If ``widths`` is no mapping.
 
     References
     ----------
@@ -121,27 +172,55 @@ def resnet20(*, num_classes: int = 10, in_channels: int = 3, width: float = 1.0,
     >>> sum(p.numel() for p in resnet20().parameters())
     269722
     """
-    return CifarResNet("resnet20", 3, num_classes, in_channels, width, head)
+    return CifarResNet("resnet20", num_classes, in_channels, width, head, widths)
 
 
-def resnet32(*, num_classes: int = 10, in_channels: int = 3, width: float = 1.0, head: str = "linear") -> CifarResNet:
+def resnet32(
+    *,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    width: float = 1.0,
+    head: str = "linear",
+    widths: Mapping[str, int] | None = None,
+) -> CifarResNet:
     """ResNet-32 for 32x32 images: 0.46 million parameters; everything else as in :func:`resnet20`."""
-    return CifarResNet("resnet32", 5, num_classes, in_channels, width, head)
+    return CifarResNet("resnet32", num_classes, in_channels, width, head, widths)
 
 
-def resnet44(*, num_classes: int = 10, in_channels: int = 3, width: float = 1.0, head: str = "linear") -> CifarResNet:
+def resnet44(
+    *,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    width: float = 1.0,
+    head: str = "linear",
+    widths: Mapping[str, int] | None = None,
+) -> CifarResNet:
     """ResNet-44 for 32x32 images: 0.66 million parameters; everything else as in :func:`resnet20`."""
-    return CifarResNet("resnet44", 7, num_classes, in_channels, width, head)
+    return CifarResNet("resnet44", num_classes, in_channels, width, head, widths)
 
 
-def resnet56(*, num_classes: int = 10, in_channels: int = 3, width: float = 1.0, head: str = "linear") -> CifarResNet:
+def resnet56(
+    *,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    width: float = 1.0,
+    head: str = "linear",
+    widths: Mapping[str, int] | None = None,
+) -> CifarResNet:
     """ResNet-56 for 32x32 images: 0.85 million parameters; everything else as in :func:`resnet20`."""
-    return CifarResNet("resnet56", 9, num_classes, in_channels, width, head)
+    return CifarResNet("resnet56", num_classes, in_channels, width, head, widths)
 
 
-def resnet110(*, num_classes: int = 10, in_channels: int = 3, width: float = 1.0, head: str = "linear") -> CifarResNet:
+def resnet110(
+    *,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    width: float = 1.0,
+    head: str = "linear",
+    widths: Mapping[str, int] | None = None,
+) -> CifarResNet:
     """ResNet-110 for 32x32 images: 1.7 million parameters; everything else as in :func:`resnet20`."""
-    return CifarResNet("resnet110", 18, num_classes, in_channels, width, head)
+    return CifarResNet("resnet110", num_classes, in_channels, width, head, widths)
 
 
 class Bottleneck(nn.Module):
@@ -221,10 +300,13 @@ def resnet50(
     in_channels
         Channels of the images.
     widths
-        Filters of single convolutions, by name: ``{"conv1": 16, "layer1.0.conv2": 8, "layer1.0.conv3": 32}``; the
-        others keep their standard width. The last convolutions of a stage's blocks (``layer1.0.conv3``,
-        ``layer1.1.conv3``, ... and ``layer1.0.downsample.0``) are added to one stream, so they share one width:
-        naming one of them sets them all, and naming two with different widths is an error.
+        Filters by name, of a stage or of single convolutions, the others being standard. ``{"conv1": 16, "layer1": 8}``
+        makes the first two convolutions of the first stage's bottlenecks 8 wide and their last ones 32, four times
+        that. ``{"layer1.0.conv2": 8, "layer1.0.conv3": 40}`` names convolutions, which goes before their stage's name.
+        The last convolutions of a stage's blocks (``layer1.0.conv3``, ``layer1.1.conv3``, ... and
+        ``layer1.0.downsample.0``) are added to one stream, so they have one width: naming one of them sets them all,
+        and two names with different widths are an error. :func:`pyprune.models.standard_widths` lists what can be
+        chosen.
     stem
         ``"imagenet"``: a 7x7 convolution with stride 2 and a max pool, for 224x224. ``"cifar"``: a 3x3 convolution
         with stride 1 and no pool, for 32x32.
@@ -240,8 +322,10 @@ def resnet50(
     Raises
     ------
     ValueError
-        If a count is below 1, ``stem`` is unknown, or ``widths`` names an unknown convolution or gives one stream
-        two widths.
+        If a count is below 1, ``stem`` is unknown, or ``widths`` names what there is not or gives one stream two
+        widths.
+    TypeError
+        If ``widths`` is no mapping.
 
     References
     ----------
@@ -255,43 +339,9 @@ def resnet50(
     """
     check_counts("resnet50", num_classes=num_classes, in_channels=in_channels)
     _check_choice("resnet50", "stem", stem, STEMS)
-    return ResNet50(num_classes, in_channels, _all_widths(widths or {}), stem, conv_bias)
-
-
-def _all_widths(given: Mapping[str, int]) -> dict[str, int]:
-    """Return the width of every convolution of ResNet-50 after checking those given."""
-    widths = {"conv1": 64}
-    streams = {}  # the convolutions that are added to one another, by stage
-    for i, (stage, blocks) in enumerate(STAGES.items()):
-        for k in range(blocks):
-            widths |= {f"{stage}.{k}.conv{j}": (256 if j == 3 else 64) << i for j in (1, 2, 3)}
-        widths[f"{stage}.0.downsample.0"] = 256 << i
-        streams[stage] = [f"{stage}.{k}.conv3" for k in range(blocks)] + [f"{stage}.0.downsample.0"]
-    for name in given:
-        if name not in widths:
-            near = difflib.get_close_matches(str(name), widths, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"resnet50: widths names no convolution {name!r}.{hint}")
-    check_counts("resnet50", **{f"widths[{name!r}]": width for name, width in given.items()})
-    widths |= given
-    for stream in streams.values():
-        named = [name for name in stream if name in given]
-        if len({given[name] for name in named}) > 1:
-            other = next(name for name in named if given[name] != given[named[0]])
-            raise ValueError(
-                f"resnet50: {named[0]!r} and {other!r} are added to one another and need one width; got "
-                f"{given[named[0]]} and {given[other]}."
-            )
-        widths |= dict.fromkeys(stream, given[named[0]]) if named else {}
-    return widths
+    return ResNet50(num_classes, in_channels, WIDTHS["resnet50"].chosen("resnet50", widths), stem, conv_bias)
 
 
 def _check_choice(who: str, name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{who}: {name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
-
-
-def _stage(inputs: int, outputs: int, blocks: int, *, stride: int) -> nn.Sequential:
-    """Build a stage; its first block changes width and size."""
-    first = BasicBlock(inputs, outputs, stride)
-    return nn.Sequential(first, *(BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1)))

@@ -1,9 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from pyprune import graph, models
+from pyprune import compaction, graph, models, selection
 
 POSITIONS = (0, 1, 3, 4, 6, 7, 8, 10, 11, 12, 14, 15, 16)
 WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
@@ -82,19 +84,46 @@ def test_models_can_be_traced_and_keep_their_variance(build):
         (
             models.resnet50,
             {"widths": {"layer1.0.conv4": 8}},
-            "widths names no convolution 'layer1.0.conv4'. Did you mean 'layer1.0.conv",
+            "widths names no stage or layer 'layer1.0.conv4'. Did you mean 'layer1.0.conv",
         ),
         (models.resnet50, {"widths": {"conv1": 0}}, r"widths\['conv1'\] must be at least 1; got 0"),
         (
             models.resnet50,
             {"widths": {"layer2.1.conv3": 8, "layer2.0.downsample.0": 9}},
-            "'layer2.1.conv3' and 'layer2.0.downsample.0' are added to one another and need one width; got 8 and 9",
+            "'layer2.0.downsample.0' and 'layer2.1.conv3' set convolutions that are added to one another and need one "
+            "width; got 9 and 8",
         ),
+        (
+            models.resnet50,
+            {"widths": {"layer2": 8, "layer2.1.conv3": 9}},
+            "resnet50: 'layer2.1.conv3' and 'layer2' set convolutions that are added .* one width; got 9 and 32",
+        ),
+        (
+            models.resnet20,
+            {"widths": {"conv1": 8, "layer1": 9}},
+            "resnet20: 'conv1' and 'layer1' set .* got 8 and 9",
+        ),
+        (models.resnet20, {"widths": {"layer4": 9}}, "widths names no stage or layer 'layer4'. Did you mean 'layer3'"),
+        (models.resnet20, {"widths": {"layer1": 9}, "width": 2}, "resnet20: give either the factor width or widths"),
+        (models.vgg16_bn, {"widths": {"block1": 9}, "width": 2}, "vgg16_bn: give either .*; got width=2 and both"),
+        (models.vgg16_bn, {"widths": {"features.conv2": 9}}, "no stage or layer 'features.conv2'. Did you mean 'feat"),
+        (models.vgg16_bn, {"widths": {"block5": 2.0}}, r"vgg16_bn: widths\['block5'\] must be at least 1; got 2.0"),
+        (models.vgg_digits, {"widths": {"block4": 9}}, "vgg_digits: widths names no stage or layer 'block4'"),
+        (models.standard_widths, {"arch": "resnet57"}, "there is no network 'resnet57'. Did you mean 'resnet56'"),
+        (models.standard_widths, {"arch": "x"}, "there is no network 'x'. There are resnet20, .*vgg_digits"),
+        (models.standard_widths, {"arch": "resnet50", "per": "block"}, "per must be 'stage' or 'layer'; got 'block'"),
+        (models.standard_widths, {"arch": "resnet50", "width": 0}, "standard_widths: width must be a positive factor"),
     ],
 )
 def test_impossible_sizes_are_refused(build, arguments, message):
     with pytest.raises(ValueError, match=message):
         build(**arguments)
+
+
+@pytest.mark.parametrize("build", [models.vgg16_bn, models.resnet20, models.resnet50])
+def test_widths_by_name_are_a_mapping(build):
+    with pytest.raises(TypeError, match="widths must map names to filters; got list"):
+        build(widths=[16, 32])
 
 
 BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -214,3 +243,91 @@ def test_resnet50_takes_widths_by_name_and_one_for_each_stream():
     assert layers["layer2.0.conv3"].out_channels == 512
     assert model.fc.in_features == 20
     assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 3)
+
+
+def shapes(model):
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("per", ["stage", "layer"])
+@pytest.mark.parametrize("arch", models.__all__)
+def test_the_standard_widths_build_the_standard_network(arch, per):
+    build, widths = getattr(models, arch), models.standard_widths(arch, per)
+    assert shapes(build(widths=widths)) == shapes(build())
+    name, size = next(iter(widths.items()))
+    assert shapes(build(widths={**widths, name: size + 1})) != shapes(build())
+
+
+@pytest.mark.parametrize("per", ["stage", "layer"])
+@pytest.mark.parametrize("arch", ["vgg16_bn", "resnet20", "resnet56"])
+def test_scaled_standard_widths_are_those_of_the_factor(arch, per):
+    build = getattr(models, arch)
+    assert shapes(build(widths=models.standard_widths(arch, per, 0.3))) == shapes(build(width=0.3))
+
+
+@pytest.mark.parametrize("arch", ["vgg16_bn", "vgg_digits", "resnet20", "resnet50"])
+def test_every_convolution_is_free_once(arch):
+    """One name changes one width, or those of one stream, and together the names reach every convolution."""
+    build, widths = getattr(models, arch), models.standard_widths(arch, "layer")
+    with torch.device("meta"):
+        plain = {name: conv.out_channels for name, conv in graph.convolutions(build()).items()}
+        reached = []
+        for name, size in widths.items():
+            convolutions = graph.convolutions(build(widths={name: size + 1}))
+            changed = [other for other, conv in convolutions.items() if conv.out_channels != plain[other]]
+            assert changed[0] == name
+            assert {convolutions[other].out_channels for other in changed} == {size + 1}
+            reached += changed
+    assert sorted(reached) == sorted(plain)
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=15)
+@pytest.mark.parametrize("arch", ["vgg_digits", "vgg16_bn", "resnet20"])
+def test_any_widths_run(arch, data):
+    names = models.standard_widths(arch, data.draw(st.sampled_from(["stage", "layer"])))
+    widths = data.draw(st.dictionaries(st.sampled_from(sorted(names)), st.integers(1, 9)))
+    model = getattr(models, arch)(in_channels=1, widths=names | dict.fromkeys(names, 3) | widths).eval()
+    assert model(torch.zeros(1, 1, *(16, 16) if arch == "vgg_digits" else (32, 32))).shape == (1, 10)
+
+
+def test_a_convolutions_name_goes_before_its_stages():
+    layers = graph.convolutions(models.vgg16_bn(widths={"block1": 8, "features.conv1": 3, "features.conv16": 5}))
+    assert [layers[f"features.conv{i}"].out_channels for i in (0, 1, 3, 16)] == [8, 3, 128, 5]
+    layers = graph.convolutions(models.vgg_digits(widths={"features.conv7": 3, "block3": 4}))
+    assert [layers[f"features.conv{i}"].out_channels for i in (4, 6, 7)] == [64, 4, 3]
+    layers = graph.convolutions(models.resnet20(widths={"layer1": 6, "layer1.1.conv1": 2}))
+    assert [layers[f"layer1.{k}.conv1"].out_channels for k in range(3)] == [6, 2, 6]
+    assert layers["conv1"].out_channels == layers["layer2.0.conv1"].in_channels == 6
+    same = models.resnet50(widths={"layer1": 4, "layer1.1.conv3": 16, "layer1.2.conv1": 5})  # 16 is what layer1 says
+    assert same.layer1[2].conv1.out_channels == 5
+    assert same.layer1[0].downsample[0].out_channels == 16
+
+
+def test_the_first_linear_layer_of_vgg16_follows_the_last_convolution_unless_it_is_named():
+    assert models.vgg16_bn(widths={"block5": 20}).classifier.linear1.weight.shape == (20, 20)
+    named = models.vgg16_bn(widths={"features.conv16": 20, "classifier.linear1": 7}).classifier
+    assert (named.linear1.weight.shape, named.norm1.num_features, named.linear2.in_features) == ((7, 20), 7, 7)
+
+
+def test_resnet50_with_the_widths_of_the_ckrm_papers_table():
+    widths = {"conv1": 16, "layer1": 16, "layer2": 32, "layer3": 24, "layer4": 18}
+    assert parameters(models.resnet50(in_channels=1, num_classes=3, conv_bias=True, widths=widths)) == 193_627
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 5), (5, 4), (9, 1)])
+def test_option_a_leaves_channels_out_where_a_stage_is_narrower(inputs, outputs):
+    block = models.resnet20(widths={"layer1": inputs, "layer2": outputs}).layer2[0].eval()
+    nn.init.zeros_(block.bn2.weight)  # leaves the shortcut alone
+    x = torch.rand(2, inputs, 6, 6)
+    first = -((outputs - inputs) // 2)
+    assert torch.equal(block(x), x[:, first : first + outputs, ::2, ::2])
+    assert not torch.equal(block(x), x[:, first - 1 : first - 1 + outputs, ::2, ::2])
+
+
+def test_a_network_with_widths_of_its_own_is_compacted_exactly():
+    model = models.resnet20(widths={"layer1": 8, "layer2": 5, "layer3": 13, "layer2.1.conv1": 3})
+    x = torch.randn(2, 3, 32, 32)
+    slim = compaction.compact(model, selection.select(model, "l1", rates=0.4), x)
+    assert slim.certificate.verified
+    assert parameters(slim.model) < 0.7 * parameters(model)
