@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyprune import models as models
     from pyprune.checkpoints import load_checkpoint as load_checkpoint
+    from pyprune.combining import combine as combine
     from pyprune.compaction import analyse as analyse
     from pyprune.compaction import compact as compact
     from pyprune.comparing import Trial as Trial
@@ -58,6 +59,7 @@ _HOME = {
     "RankAccumulator": "ranks",
     "rank_filters": "ranks",
     "select": "selection",
+    "combine": "combining",
     "mask_": "masks",
     "finetune": "finetuning",
     "analyse": "compaction",

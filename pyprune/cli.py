@@ -242,6 +242,47 @@ def select(
 
 
 @app.command()
+def combine(
+    plans: Annotated[list[Path], typer.Argument(help="Plans of the same network, two or more.")],
+    how: Annotated[
+        str, typer.Option(help="Remove what any plan removes, union, or only what all do, intersection.")
+    ] = ("union"),
+    min_keep: MinKeep = 1,
+    out: Annotated[Path, typer.Option(help="File for the plan.")] = Path("plan.json"),
+    as_json: Json = False,
+) -> None:
+    """Join plans by what they remove, and show what each two of them remove together beside what chance would."""
+    from dataclasses import asdict
+    from itertools import combinations
+
+    from pyprune import combining, comparing
+    from pyprune.types import Plan
+
+    _check_out(out)
+    given = [Plan.load(path) for path in plans]
+    plan = combining.combine(given, how, min_keep=min_keep)
+    plan.save(out)
+    rows = _plan_rows(plan)
+    labels = [one["label"] for one in plan.options["plans"]]
+    overlaps = {
+        f"{labels[i]}, {labels[j]}": [
+            {"layer": name, **asdict(one)} for name, one in comparing.removed_by_both(given[i], given[j]).items()
+        ]
+        for i, j in combinations(range(len(given)), 2)
+    }
+    tables = {f"Removed by {pair}": [_named(row) for row in found] for pair, found in overlaps.items() if found}
+    payload = {"method": plan.method, "layers": rows, "overlaps": overlaps, "refilled": plan.options["refilled"],
+               "out": str(out)}  # fmt: skip
+    _show({f"Plan by {plan.method}": rows, **tables}, {"written": str(out)}, payload, as_json)
+
+
+def _named(row: dict[str, Any]) -> dict[str, Any]:
+    """Return an overlap under the titles of its table."""
+    titles = {"common": "both", "chance": "by chance", "p": "p of more", "p_fewer": "p of fewer"}
+    return {titles.get(name, name): value for name, value in row.items()}
+
+
+@app.command()
 def trial(
     weights: Weights,
     arch: Arch = None,

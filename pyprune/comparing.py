@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pyprune import files
-from pyprune.types import Evaluation, FloatArray, IntArray
+from pyprune.types import Evaluation, FloatArray, IntArray, Plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,10 +124,11 @@ class Equivalence:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Filters of one layer that two plans keep (thesis tables 5.2 and 5.7).
+    """Filters of one layer that two plans keep (thesis tables 5.2 and 5.7), or that both remove.
 
     ``common`` of ``filters`` are in both; drawn blindly ``chance`` would be on average; ``p`` is the probability that
-    blind draws have at least as many in common (hypergeometric).
+    blind draws have at least as many in common, ``p_fewer`` that they have at most as many (hypergeometric). Both p are
+    the same for the kept and the removed filters of two plans.
     """
 
     filters: int
@@ -136,6 +137,7 @@ class Overlap:
     common: int
     chance: float
     p: float
+    p_fewer: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -309,12 +311,25 @@ def equivalence(first: FloatArray, second: FloatArray, margin: float) -> Equival
 
 
 def overlap(first: IntArray, second: IntArray, filters: int) -> Overlap:
-    """Return what two sets of kept filters of a layer have in common, beside what blind draws would."""
+    """Return what two sets of filters of a layer have in common, beside what blind draws would."""
     from scipy import stats
 
     common, sizes = len(np.intersect1d(first, second)), (len(first), len(second))
-    p = float(stats.hypergeom.sf(common - 1, filters, *sizes))
-    return Overlap(filters, *sizes, common, sizes[0] * sizes[1] / filters, p)
+    p, p_fewer = (float(value) for value in (
+        stats.hypergeom.sf(common - 1, filters, *sizes), stats.hypergeom.cdf(common, filters, *sizes)))  # fmt: skip
+    return Overlap(filters, *sizes, common, sizes[0] * sizes[1] / filters, p, p_fewer)
+
+
+def removed_by_both(first: Plan, second: Plan) -> dict[str, Overlap]:
+    """Return what two plans both remove, for each layer that both know and one says how many filters it has."""
+    counts = {**first.filters, **second.filters}
+    removed = [
+        {name: np.setdiff1d(np.arange(counts[name]), kept) for name, kept in plan.keep.items() if name in counts}
+        for plan in (first, second)
+    ]
+    return {
+        name: overlap(gone, removed[1][name], counts[name]) for name, gone in removed[0].items() if name in removed[1]
+    }
 
 
 def deviation(values: FloatArray) -> float | None:

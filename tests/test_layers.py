@@ -52,8 +52,8 @@ def test_the_check_would_notice() -> None:
 
 def test_the_stages_are_the_documented_ones() -> None:
     assert STAGES == [
-        "compaction", "deployment", "equity", "export", "finetuning", "masks", "ranks", "recalibration", "redundancy",
-        "reporting", "selection",
+        "combining", "compaction", "deployment", "equity", "export", "finetuning", "masks", "ranks", "recalibration",
+        "redundancy", "reporting", "selection",
     ]  # fmt: skip
 
 
