@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pyprune.recalibration import recalibrate as recalibrate
     from pyprune.redundancy import ckrm as ckrm
     from pyprune.reporting import report as report
+    from pyprune.searching import WidthSearch as WidthSearch
     from pyprune.selection import select as select
     from pyprune.trials import trial as trial
     from pyprune.types import CKRM as CKRM
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from pyprune.types import Plan as Plan
     from pyprune.types import Profile as Profile
     from pyprune.types import PruneResult as PruneResult
+    from pyprune.widths import optimize_widths as optimize_widths
 
 __version__ = "0.1.0"
 
@@ -74,6 +76,7 @@ _HOME = {
     "profile": "measure",
     "fairness": "equity",
     "trial": "trials",
+    "optimize_widths": "widths",
     "prune": "pipeline",
     "report": "reporting",
     "backends": "machine",
@@ -91,6 +94,7 @@ _HOME = {
     "Fairness": "types",
     "PruneResult": "types",
     "Trial": "comparing",
+    "WidthSearch": "searching",
 }
 
 __all__ = list(_HOME)

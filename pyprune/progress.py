@@ -5,9 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 T = TypeVar("T")
+
+_shown: list[Progress] = []
+"""What is on the screen: a bar inside another one becomes a line below it."""
 
 
 @contextmanager
@@ -26,19 +32,38 @@ def bar(description: str, total: float | None, show: bool = True) -> Iterator[Ca
         TimeRemainingColumn,
     )
 
+    if _shown:
+        with _line(_shown[-1], description, total) as advance:
+            yield advance
+        return
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(description, total=total, note="")
+        _shown.append(progress)
+        try:
+            with _line(progress, description, total) as advance:
+                yield advance
+        finally:
+            _shown.remove(progress)
 
-        def advance(n: float = 1, note: str = "") -> None:
-            progress.advance(task, n)
-            if note:
-                progress.update(task, note=note)
 
+@contextmanager
+def _line(progress: Progress, description: str, total: float | None) -> Iterator[Callable[..., None]]:
+    """Show one line of ``progress`` while the context lasts; the last one stays on the screen."""
+    task = progress.add_task(description, total=total, note="")
+
+    def advance(n: float = 1, note: str = "") -> None:
+        progress.advance(task, n)
+        if note:
+            progress.update(task, note=note)
+
+    try:
         yield advance
+    finally:
+        if len(progress.tasks) > 1:
+            progress.remove_task(task)
 
 
 def track(iterable: Iterable[T], description: str, total: float | None = None, show: bool = True) -> Iterator[T]:

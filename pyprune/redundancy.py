@@ -165,6 +165,54 @@ def ckrm(
     )  # fmt: skip
 
 
+def distinct_filters(model_or_weights: Any, *, threshold: float = 0.6, eps: float = 1e-2) -> dict[str, int]:
+    """Count, in every convolution of one network, filters of which no two are alike.
+
+    Filters are picked from the largest norm to the smallest, each unless its Psi with one that was picked before is
+    above the threshold. Had a layer only these, its lambda would be 0 (CKRM paper, equation 9).
+
+    Parameters
+    ----------
+    model_or_weights
+        One network, as for :func:`ckrm`.
+    threshold, eps
+        As for :func:`ckrm`.
+
+    Returns
+    -------
+    dict
+        By layer, at least 1 and at most F2. Filters of different groups are never alike.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`ckrm`.
+    """
+    limit = _checked_thresholds(threshold)[0]
+    networks = read_networks("distinct_filters", model_or_weights)
+    if len(networks) > 1:
+        raise ValueError(f"distinct_filters: needs one network; got {len(networks)}.")
+    return {
+        name: _distinct(kernels, limit, _positive("eps", eps) * (_mean_square(name, kernels) or 1.0))
+        for name, kernels in next(iter(networks.values())).layers.items()
+    }
+
+
+def _distinct(kernels: Kernels, threshold: float, constant: float) -> int:
+    """Count the filters that are picked in one layer, group by group."""
+    weights = kernels.on_host().astype(np.float32)
+    return sum(_picked(group, threshold, constant) for group in np.split(weights, kernels.groups))
+
+
+def _picked(weights: FloatArray, threshold: float, constant: float) -> int:
+    alike = np.asarray(kernel_ssim(weights, eps_absolute=constant)) > threshold
+    picked: list[int] = []
+    for filter_ in np.argsort(-np.square(weights).sum(axis=(1, 2, 3)), kind="stable"):
+        if not alike[filter_, picked].any():
+            picked.append(int(filter_))
+    return len(picked)
+
+
 def _checked_thresholds(thresholds: float | Sequence[float]) -> tuple[float, ...]:
     given = np.atleast_1d(np.asarray(thresholds, np.float64))
     found = tuple(float(t) for t in given)
