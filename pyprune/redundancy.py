@@ -12,6 +12,7 @@ from statistics import NormalDist
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from pyprune import progress as bars
 from pyprune.convolutions import Kernels, Network, read_networks
@@ -200,12 +201,12 @@ def distinct_filters(model_or_weights: Any, *, threshold: float = 0.6, eps: floa
 
 def _distinct(kernels: Kernels, threshold: float, constant: float) -> int:
     """Count the filters that are picked in one layer, group by group."""
-    weights = kernels.on_host().astype(np.float32)
-    return sum(_picked(group, threshold, constant) for group in np.split(weights, kernels.groups))
+    groups = np.split(kernels.on_host(), kernels.groups)
+    return sum(_picked(weights, threshold, constant) for weights in groups)
 
 
 def _picked(weights: FloatArray, threshold: float, constant: float) -> int:
-    alike = np.asarray(kernel_ssim(weights, eps_absolute=constant)) > threshold
+    alike: npt.NDArray[np.bool_] = np.asarray(kernel_ssim(weights, eps_absolute=constant)) > threshold
     picked: list[int] = []
     for filter_ in np.argsort(-np.square(weights).sum(axis=(1, 2, 3)), kind="stable"):
         if not alike[filter_, picked].any():

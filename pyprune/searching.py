@@ -190,8 +190,20 @@ class WidthSearch:
 
     def redundancy(self, step: WidthStep, name: str) -> float:
         """Return lambda of a width: the largest of its layers' means over the runs; NaN where no layer has pairs."""
-        means = [float(values.mean()) for layer, values in step.lambdas().items() if layer in self.layers[name]]
-        return max((value for value in means if not math.isnan(value)), default=math.nan)
+        return max((found for found, _ in self.by_layer(step, name).values()), default=math.nan)
+
+    def excess(self, step: WidthStep, name: str) -> float:
+        """Return by how much lambda exceeds that of random kernels in a width's worst layer; NaN without pairs."""
+        return max((found - chance for found, chance in self.by_layer(step, name).values()), default=math.nan)
+
+    def by_layer(self, step: WidthStep, name: str) -> dict[str, tuple[float, float]]:
+        """Return, for each layer of a width that has pairs, mean lambda over the runs, and lambda of random kernels."""
+        found = {}
+        for layer, values in step.lambdas().items():
+            random = step.runs[0].redundancy.layers()[layer].random
+            if layer in self.layers[name] and not np.isnan(values).any():
+                found[layer] = (float(values.mean()), 0.0 if random is None else float(random.lambdas[0, 0]))
+        return found
 
     def anova(self, score: str) -> Anova:
         """Compare the standard and the narrow network by one-way analysis of variance (CKRM paper, section 4.2).

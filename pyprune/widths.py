@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +23,6 @@ from pyprune.convolutions import read_networks
 from pyprune.finetuning import Diverged
 from pyprune.progress import bar
 from pyprune.redundancy import ckrm, distinct_filters
-from pyprune.reporting import report
 from pyprune.resuming import Run
 from pyprune.searching import WidthRun, WidthSearch, WidthStep
 from pyprune.types import Evaluation, History
@@ -61,7 +59,7 @@ class _Rules:
     seed: int
 
 
-class _GivenUp(Exception):
+class _GivenUpError(Exception):
     """A run that diverged, and its repetition too."""
 
 
@@ -90,17 +88,18 @@ def optimize_widths(
     fresh: bool = False,
     progress: bool = True,
 ) -> WidthSearch:
-    """Make a network narrower where its kernels are redundant, for as long as it does as well (CKRM paper, section 3.3).
+    """Make a network narrower where its kernels are redundant, while it does as well (CKRM paper, section 3.3).
 
     Trains ``runs`` networks from scratch, reads lambda of every convolution, proposes narrower widths, and repeats,
-    until every lambda is at most ``target`` and nothing else is left to narrow, or ``budget`` trainings are spent.
+    until no lambda exceeds that of random kernels by more than ``target`` and nothing else is left to narrow, or
+    ``budget`` trainings are spent.
 
-    A width whose lambda is above ``target`` goes to the number of filters of which no two are alike (mean over the
-    runs, the largest of its layers), but loses at least an eighth and at most the share 1 - ``shrink``. One whose lambda
-    is at most ``target`` in the standard network says nothing: it is narrowed by ``shrink`` under the validation
-    tolerance alone, unless ``silent="keep"``. One whose lambda has come down to ``target`` stays. A lambda of 0 by itself
-    never widens. Widths widen where validation falls by more than ``tolerance``: first those that lambda had not asked
-    to narrow, half of the way back (in logarithms), and so on between what held and what did not.
+    A width whose lambda does so in one of its layers goes to the number of this layer's filters of which no two are
+    alike (mean over the runs), but loses at least an eighth and at most the share 1 - ``shrink``. One whose lambda does
+    not in the standard network says nothing: it is narrowed by ``shrink`` under the validation tolerance alone, unless
+    ``silent="keep"``. One whose lambda has come down stays. A lambda of 0 by itself never widens. Widths widen where
+    validation falls by more than ``tolerance``: first those that lambda had not asked to narrow, half of the way back
+    (in logarithms), and so on between what held and what did not.
 
     Parameters
     ----------
@@ -109,18 +108,20 @@ def optimize_widths(
     train
         ``train(model)`` trains it in place. If its signature has ``seed``, it is given the run's; if it has
         ``checkpoint``, a file in ``folder`` from which it can go on after it was killed:
-        ``functools.partial(pyprune.finetune, train=..., val=...)`` has both. Random numbers are to come from ``seed`` or
-        from the generators of torch, numpy and random, which are seeded for each run.
+        ``functools.partial(pyprune.finetune, train=..., val=...)`` has both. Random numbers are to come from ``seed``
+        or from the generators of torch, numpy and random, which are seeded for each run.
     evaluate
         ``evaluate(model)`` returns the validation score: a number, or scores by name, or an
-        :class:`pyprune.types.Evaluation`, of which AUC decides where it is defined, and top-1 elsewhere. Higher is better.
+        :class:`pyprune.types.Evaluation`, of which AUC decides where it is defined, and top-1 elsewhere. Higher is
+        better.
     widths
         The standard network's: filters by name, as ``build`` takes them; one a layer, or one a stage.
         ``pyprune.models.standard_widths`` has those of pyprune's networks.
     threshold
         t: two filters with Psi above it are alike.
     target
-        Largest lambda that is left alone.
+        How far lambda may lie above that of random kernels of the same shape (0.05 for 3x3 kernels on one channel, 0 on
+        many: see docs/ckrm.md).
     tolerance
         How far the mean validation score of a step may lie below that of the standard network, in its units.
     runs
@@ -130,7 +131,7 @@ def optimize_widths(
     coupled
         Groups of names that must stay equal.
     silent
-        What happens to widths whose lambda is at most ``target`` from the start: ``"narrow"`` or ``"keep"``.
+        What happens to widths whose lambda says nothing from the start: ``"narrow"`` or ``"keep"``.
     shrink
         Smallest share of a width that stays in one step, in (0, 1).
     smallest
@@ -220,7 +221,6 @@ def optimize_widths(
     result = search(decided)
     if run.folder is not None:
         result.save(run.folder / "search.json")
-        report(result, run.folder / "report.html")
     return result
 
 
@@ -335,9 +335,7 @@ def _named(unit: Sequence[str]) -> str:
 
 
 def _filters(model: nn.Module) -> dict[str, int]:
-    return {
-        name: int(module.out_channels) for name, module in model.named_modules() if hasattr(module, "out_channels")
-    }
+    return {name: int(module.out_channels) for name, module in model.named_modules() if hasattr(module, "out_channels")}
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -375,7 +373,7 @@ class _Trainer:
             name = f"step_{number}/run_{index}"
             try:
                 made = self.run.stage("train", f"{name}.json", WidthRun, partial(self._attempts, name, index, widths))
-            except _GivenUp as error:
+            except _GivenUpError as error:
                 given_up[str(index)] = str(error)
                 advance(2)
                 continue
@@ -408,7 +406,7 @@ class _Trainer:
                 failures.append(f"run {index} (seed {seed}): {error}")
             if path is not None:
                 files.write_json(path, {"format": "pyprune.width_failures", "version": 1, "failures": failures})
-        raise _GivenUp("; ".join(failures))
+        raise _GivenUpError("; ".join(failures))
 
     def _attempt(self, name: str, seed: int, widths: dict[str, int]) -> WidthRun:
         checkpoint, weights = (self.run.path(f"{name}{end}.safetensors") for end in (".training", ""))
@@ -515,11 +513,14 @@ def _next(
 
 
 def _settled(search: WidthSearch, rules: _Rules) -> str:
-    left = {name: search.redundancy(search.narrow, name) for name in search.widths}
-    above = [f"{name} {value:.4f}" for name, value in left.items() if value > rules.target]
+    above = [
+        f"{name} (lambda {search.redundancy(search.narrow, name):.4f})"
+        for name in search.widths
+        if search.excess(search.narrow, name) > rules.target
+    ]
     if above:
-        return f"nothing narrower is left to try, and lambda is still above {rules.target:g} in {', '.join(above)}"
-    return f"every lambda is at most {rules.target:g}, and nothing narrower is left to try"
+        return f"nothing narrower is left to try; still redundant: {', '.join(above)}"
+    return "no width is redundant any more, and nothing narrower is left to try"
 
 
 def _narrowed(search: WidthSearch, units: list[tuple[str, ...]], rules: _Rules) -> dict[str, tuple[int, str]]:
@@ -546,26 +547,32 @@ def _narrowed(search: WidthSearch, units: list[tuple[str, ...]], rules: _Rules) 
 def _wanted(search: WidthSearch, unit: tuple[str, ...], rules: _Rules) -> tuple[int, str]:
     """Return the width that lambda asks for, and why: the rule of section 3.3, made definite."""
     standard, last, name = search.standard, search.steps[-1], unit[0]
-    width, redundancy = last.widths[name], search.redundancy(last, name)
+    width, excess = last.widths[name], search.excess(last, name)
     least = _rounded(width * rules.shrink, rules.round_to)
-    if redundancy > rules.target:
-        distinct = _distinct(search, last, unit)
+    if excess > rules.target:
+        layer, distinct = _most_redundant(search, last, name, rules)
+        found, chance = search.by_layer(last, name)[layer]
         most = int(width * (1 - LEAST_STEP)) // rules.round_to * rules.round_to
-        wanted = max(least, min(_rounded(distinct, rules.round_to), most))
-        return wanted, f"lambda {redundancy:.4f}: {distinct:.4g} of {width} filters are distinct"
-    started = search.redundancy(standard, name)
+        why = f"lambda {found:.4f} in {layer}, {chance:.4f} by chance: {distinct:.4g} of {width} filters are distinct"
+        return max(least, min(_rounded(distinct, rules.round_to), most)), why
+    started = search.excess(standard, name)
     if started > rules.target:
-        return width, f"stays: lambda {redundancy:.4f} is at most {rules.target:g}"
+        return width, f"stays: lambda has come down to {search.redundancy(last, name):.4f}"
     if rules.silent == "keep":
         return width, "stays: lambda says nothing"
-    told = "it has no kernels with pairs" if math.isnan(started) else f"lambda was {started:.4f} at the start"
-    return least, f"{told}: narrowed under the validation tolerance"
+    told = "no kernels with pairs" if math.isnan(started) else f"lambda {search.redundancy(standard, name):.4f}"
+    return least, f"{told} at the start: narrowed under the validation tolerance"
 
 
-def _distinct(search: WidthSearch, step: WidthStep, unit: tuple[str, ...]) -> float:
-    """Return how many filters of a width are distinct: mean over the runs, the largest of its layers."""
-    layers = search.layers[unit[0]]
-    return max(float(np.mean([run.distinct[layer] for run in step.runs])) for layer in layers)
+def _most_redundant(search: WidthSearch, step: WidthStep, name: str, rules: _Rules) -> tuple[str, float]:
+    """Return the redundant layer of a width with the fewest distinct filters (mean over the runs), and their number."""
+    by_layer = search.by_layer(step, name)
+    distinct = {
+        layer: float(np.mean([run.distinct[layer] for run in step.runs]))
+        for layer, (found, chance) in by_layer.items()
+        if found - chance > rules.target
+    }
+    return min(distinct.items(), key=lambda item: item[1])
 
 
 def _floor(search: WidthSearch, name: str) -> int:
@@ -579,7 +586,7 @@ def _widened(search: WidthSearch, units: list[tuple[str, ...]], rules: _Rules) -
     last = search.steps[-1]
     held = next(step for step in reversed(search.steps) if step.holds)
     narrower = [unit for unit in units if last.widths[unit[0]] < held.widths[unit[0]]]
-    silent = [unit for unit in narrower if not search.redundancy(held, unit[0]) > rules.target]
+    silent = [unit for unit in narrower if not search.excess(held, unit[0]) > rules.target]
     proposal = {name: (width, "stays") for name, width in last.widths.items()}
     for unit in silent or narrower:
         low, high = last.widths[unit[0]], held.widths[unit[0]]
@@ -594,13 +601,13 @@ def _notes(steps: Sequence[WidthStep], layers: Mapping[str, tuple[str, ...]], ru
     if not steps or not steps[0].runs:
         return ()
     started = WidthSearch(tuple(steps[:1]), layers, "", "")
-    silent = [name for name in layers if not started.redundancy(steps[0], name) > rules.target]
+    silent = [name for name in layers if not started.excess(steps[0], name) > rules.target]
     notes = []
     if silent:
         what = "narrowed under the validation tolerance alone" if rules.silent == "narrow" else "left as they are"
         notes.append(
-            f"lambda is at most {rules.target:g} from the start in {', '.join(silent)}: it says nothing about their "
-            f"widths, which are {what}."
+            f"from the start lambda is at most {rules.target:g} above that of random kernels in {', '.join(silent)}: "
+            f"it says nothing about these widths, which are {what}."
         )
     free = {layer for own in layers.values() for layer in own}
     fixed = [name for name in steps[0].runs[0].redundancy.layers() if name not in free]
