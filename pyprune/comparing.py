@@ -83,7 +83,8 @@ class Attempt:
 class Comparison:
     """Two samples of top-1: the difference of their means, Welch's two-tailed p, and Cohen's d.
 
-    ``p`` and ``d`` are ``None`` where they are not defined: for single runs, and where no sample varies.
+    ``p`` and ``d`` are ``None`` where they are not defined: for single runs, and where no sample varies. The
+    difference is NaN where a sample is empty.
     """
 
     difference: float
@@ -269,12 +270,12 @@ def compare(first: FloatArray, second: FloatArray) -> Comparison:
     """Compare two samples: Welch's two-tailed t-test, and Cohen's d by the pooled deviation."""
     from scipy import stats
 
-    difference = float(np.mean(first) - np.mean(second))
-    if len(first) < 2 or len(second) < 2 or not (np.ptp(first) or np.ptp(second)):
+    difference = _difference(first, second)
+    if not _tellable(first, second):
         return Comparison(difference, None, None)
-    told = [(float(np.mean(one)), float(np.std(one, ddof=1)), len(one)) for one in (first, second)]
-    pooled = math.sqrt(sum((n - 1) * s**2 for _, s, n in told) / sum(n - 1 for *_, n in told))
-    test = stats.ttest_ind_from_stats(*told[0], *told[1], equal_var=False)
+    one, other = _moments(first), _moments(second)
+    pooled = math.sqrt(sum((n - 1) * s**2 for _, s, n in (one, other)) / (len(first) + len(second) - 2))
+    test = stats.ttest_ind_from_stats(*one, *other, equal_var=False)
     return Comparison(difference, float(test.pvalue), difference / pooled)
 
 
@@ -284,10 +285,13 @@ def anova(samples: Sequence[FloatArray]) -> Anova:
 
     sizes = [len(one) for one in samples]
     between, within = len(sizes) - 1, sum(sizes) - len(sizes)
-    if between < 1 or min(sizes) < 1 or within < 1 or not any(np.ptp(one) for one in samples):
+    if between < 1 or min(sizes) < 1 or within < 1 or not any(np.ptp(one) > 0 and np.var(one) > 0 for one in samples):
         return Anova(None, None, between, within)
-    found = stats.f_oneway(*samples)
-    return Anova(float(found.statistic), float(found.pvalue), between, within)
+    # Not scipy's f_oneway: its difference of sums can leave F just below 0, and then p does not exist.
+    grand = float(np.mean(np.concatenate(samples)))
+    among = sum(len(one) * float(np.mean(one) - grand) ** 2 for one in samples) / between
+    inside = sum(len(one) * float(np.var(one)) for one in samples) / within
+    return Anova(among / inside, float(stats.f.sf(among / inside, between, within)), between, within)
 
 
 def equivalence(first: FloatArray, second: FloatArray, margin: float) -> Equivalence:
@@ -302,12 +306,27 @@ def equivalence(first: FloatArray, second: FloatArray, margin: float) -> Equival
 
     if not 0 < margin < math.inf:
         raise ValueError(f"equivalence: margin must be a positive number; got {margin}.")
-    difference = float(np.mean(first) - np.mean(second)) if len(first) and len(second) else math.nan
-    if len(first) < 2 or len(second) < 2 or not (np.ptp(first) or np.ptp(second)):
+    difference = _difference(first, second)
+    if not _tellable(first, second):
         return Equivalence(difference, margin, None)
-    above = stats.ttest_ind(first + margin, second, equal_var=False, alternative="greater").pvalue
-    below = stats.ttest_ind(first - margin, second, equal_var=False, alternative="less").pvalue
+    (mean, *rest), other = _moments(first), _moments(second)
+    above = stats.ttest_ind_from_stats(mean + margin, *rest, *other, equal_var=False, alternative="greater").pvalue
+    below = stats.ttest_ind_from_stats(mean - margin, *rest, *other, equal_var=False, alternative="less").pvalue
     return Equivalence(difference, margin, float(max(above, below)))
+
+
+def _difference(first: FloatArray, second: FloatArray) -> float:
+    return float(np.mean(first) - np.mean(second)) if len(first) and len(second) else math.nan
+
+
+def _tellable(first: FloatArray, second: FloatArray) -> bool:
+    """Return whether there are two values of each, and anything varies."""
+    return min(len(first), len(second)) > 1 and any(np.ptp(one) > 0 and np.var(one) > 0 for one in (first, second))
+
+
+def _moments(values: FloatArray) -> tuple[float, float, int]:
+    """Return mean, deviation and size; values that are all the same deviate by exactly 0."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if np.ptp(values) else 0.0, len(values)
 
 
 def overlap(first: IntArray, second: IntArray, filters: int) -> Overlap:

@@ -79,10 +79,9 @@ class WidthRun:
         """Return what :meth:`to_json` gave; ``ValueError`` naming ``where`` if it cannot be that."""
         try:
             return cls(
-                int(content["seed"]), _counts(content["widths"]), int(content["parameters"]),
-                _scores(content["validation"]), _scores(content["test"]), _counts(content["distinct"]),
-                CKRM.from_json(content["redundancy"], where), float(content["seconds"]),
-                tuple(str(one) for one in content["failures"]),
+                _whole(content, "seed"), _counts(content, "widths"), _whole(content, "parameters"),
+                _scores(content, "validation"), _scores(content, "test"), _counts(content, "distinct"),
+                CKRM.from_json(content["redundancy"], where), _number(content, "seconds"), _texts(content, "failures"),
             )  # fmt: skip
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"WidthRun.load: {where} lacks or garbles {error}.") from None
@@ -161,6 +160,10 @@ class WidthSearch:
     FORMAT = "pyprune.width_search"
     VERSION = 1
 
+    def __post_init__(self) -> None:
+        if why := _unsound(self):
+            raise ValueError(f"WidthSearch: {why}.")
+
     @property
     def standard(self) -> WidthStep:
         """The first step: the network as it came."""
@@ -185,8 +188,18 @@ class WidthSearch:
 
     @property
     def tests(self) -> tuple[str, ...]:
-        """Names of the scores on test images; empty where there are none."""
-        return tuple(self.standard.runs[0].test) if self.standard.runs else ()
+        """Names of the scores on test images that every run has; empty where there are none."""
+        return _names(self.steps, "test")
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Names of the scores that networks are compared by: ``tests``, or those on validation images without any."""
+        return self.tests or _names(self.steps, "validation")
+
+    @property
+    def tolerance(self) -> float:
+        """By how much the mean validation score may fall; 0 where the options name none."""
+        return float(self.options.get("tolerance", 0))
 
     def redundancy(self, step: WidthStep, name: str) -> float:
         """Return lambda of a width: the largest of its layers' means over the runs; NaN where no layer has pairs."""
@@ -218,7 +231,7 @@ class WidthSearch:
 
     def equivalence(self, score: str, margin: float | None = None) -> Equivalence:
         """Test whether the two are the same within ``margin`` (by default the tolerance): that needs its own test."""
-        wide = float(self.options["tolerance"]) if margin is None else margin
+        wide = self.tolerance if margin is None else margin
         return equivalence(self._sample(self.narrow, score), self._sample(self.standard, score), wide)
 
     def _sample(self, step: WidthStep, score: str) -> FloatArray:
@@ -233,8 +246,8 @@ class WidthSearch:
             row["widths"] = dict(step.widths)
             worst = [self.redundancy(step, name) for name in step.widths]
             row["lambda"] = max((one for one in worst if not math.isnan(one)), default=None)
-            scores = [(f"validation {score}", step.validation(score)) for score in _names(step, "validation")]
-            scores += [(f"test {score}", step.test(score)) for score in _names(step, "test")]
+            scores = [(f"validation {score}", step.validation(score)) for score in _names([step], "validation")]
+            scores += [(f"test {score}", step.test(score)) for score in _names([step], "test")]
             for name, values in scores:
                 row[name] = float(values.mean())
                 row[f"{name} deviation"] = deviation(values)
@@ -266,20 +279,13 @@ class WidthSearch:
         """Read what :meth:`save` wrote; ``ValueError`` if it cannot be that."""
         content = files.read_json("WidthSearch.load", path, cls.FORMAT, cls.VERSION)
         try:
-            steps = tuple(
-                WidthStep(
-                    _counts(step["widths"]), {str(name): str(why) for name, why in step["why"].items()},
-                    tuple(WidthRun.from_json(run, str(path)) for run in step["runs"]),
-                    {str(run): str(why) for run, why in step["given_up"].items()}, bool(step["holds"]),
-                )
-                for step in content["steps"]
-            )  # fmt: skip
+            layers = {str(name): _texts(content["layers"], name) for name in _mapped(content, "layers")}
+            steps = tuple(_step(one, str(path)) for one in _listed(content, "steps"))
+            options = dict(_mapped(content, "options"))
             return cls(
-                steps, {str(name): tuple(map(str, layers)) for name, layers in content["layers"].items()},
-                str(content["metric"]), str(content["stopped"]), tuple(map(str, content["notes"])),
-                dict(content["options"]),
-            )  # fmt: skip
-        except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+                steps, layers, _text(content, "metric"), _text(content, "stopped"), _texts(content, "notes"), options
+            )
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"WidthSearch.load: {path} lacks or garbles {error}.") from None
 
     def __str__(self) -> str:
@@ -300,13 +306,16 @@ class WidthSearch:
         ]
         lines.append(f"widths: {', '.join(chosen)}")
         if self.narrow is not self.standard:
-            for score in self.tests or _names(self.standard, "validation"):
-                lines.append(f"{score}: {self.anova(score)}; {self.equivalence(score)}")
+            for score in self.scores:
+                same = f"; {self.equivalence(score)}" if self.tolerance else ""
+                lines.append(f"{score}: {self.anova(score)}{same}")
         return "\n".join([*lines, f"stopped: {self.stopped}", *self.notes])
 
 
-def _names(step: WidthStep, kind: str) -> Sequence[str]:
-    return list(getattr(step.runs[0], kind)) if step.runs else []
+def _names(steps: Sequence[WidthStep], kind: str) -> tuple[str, ...]:
+    """Return the names of the scores that every run has."""
+    found: list[Mapping[str, float]] = [getattr(run, kind) for step in steps for run in step.runs]
+    return tuple(name for name in found[0] if all(name in one for one in found)) if found else ()
 
 
 def _spread(row: Mapping[str, Any], name: str) -> str:
@@ -316,9 +325,86 @@ def _spread(row: Mapping[str, Any], name: str) -> str:
     return f"{row[name]:.4f}" + ("" if spread is None else f" +- {spread:.4f}")
 
 
-def _counts(content: Mapping[str, Any]) -> dict[str, int]:
-    return {str(name): int(count) for name, count in content.items()}
+def _unsound(search: WidthSearch) -> str:
+    """Return what does not belong together in a search, or nothing."""
+    if not search.steps:
+        return "needs at least one step, the standard network"
+    names = set(search.steps[0].widths)
+    if not names or any(set(step.widths) != names for step in search.steps) or names - set(search.layers):
+        return "every step must have the same widths, at least one, and their layers must be named"
+    runs = [run for step in search.steps for run in step.runs]
+    if any(search.metric not in run.validation for run in runs):
+        return f"every run must have the validation score {search.metric!r} that decides"
+    if any(len(run.redundancy.networks) != 1 for run in runs):
+        return "the redundancy of a run must be that of one network"
+    if any(len({tuple(run.redundancy.layers()) for run in step.runs}) > 1 for step in search.steps):
+        return "the runs of a step must have the same layers"
+    tolerance = search.options.get("tolerance", 0)
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
+        return f"the tolerance must be a number of at least 0; got {str(tolerance)[:40]}"
+    return ""
 
 
-def _scores(content: Mapping[str, Any]) -> dict[str, float]:
-    return {str(name): float(value) for name, value in content.items()}
+def _step(content: Mapping[str, Any], where: str) -> WidthStep:
+    holds = content["holds"]
+    if not isinstance(holds, bool):
+        raise TypeError(_garbled("holds", holds))
+    return WidthStep(
+        _counts(content, "widths"), {str(name): _text(content["why"], name) for name in _mapped(content, "why")},
+        tuple(WidthRun.from_json(run, where) for run in _listed(content, "runs")),
+        {str(run): _text(content["given_up"], run) for run in _mapped(content, "given_up")}, holds,
+    )  # fmt: skip
+
+
+def _garbled(name: str, value: object) -> str:
+    return f"{name!r} ({str(value)[:40]})"
+
+
+def _whole(content: Mapping[str, Any], name: str) -> int:
+    value = content[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise TypeError(_garbled(name, value))
+    return value
+
+
+def _number(content: Mapping[str, Any], name: str) -> float:
+    value = content[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(_garbled(name, value))
+    return float(value)
+
+
+def _text(content: Mapping[str, Any], name: str) -> str:
+    value = content[name]
+    if not isinstance(value, str):
+        raise TypeError(_garbled(name, value))
+    return value
+
+
+def _listed(content: Mapping[str, Any], name: str) -> list[Any]:
+    value = content[name]
+    if not isinstance(value, list):
+        raise TypeError(_garbled(name, value))
+    return value
+
+
+def _mapped(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = content[name]
+    if not isinstance(value, Mapping):
+        raise TypeError(_garbled(name, value))
+    return value
+
+
+def _texts(content: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    values = _listed(content, name)
+    if not all(isinstance(value, str) for value in values):
+        raise TypeError(_garbled(name, values))
+    return tuple(values)
+
+
+def _counts(content: Mapping[str, Any], name: str) -> dict[str, int]:
+    return {str(key): _whole(content[name], key) for key in _mapped(content, name)}
+
+
+def _scores(content: Mapping[str, Any], name: str) -> dict[str, float]:
+    return {str(key): _number(content[name], key) for key in _mapped(content, name)}
