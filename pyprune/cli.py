@@ -33,6 +33,13 @@ Size = Annotated[int | None, typer.Option(help="Height and width of images after
 Normalise = Annotated[
     str | None, typer.Option(help="Mean and deviation: imagenet, cifar, data, or numbers as 0.5,0.5,0.5/0.2,0.2,0.2.")
 ]
+Channels = Annotated[int | None, typer.Option(help="1 for grey images, 3 for colour; a network of --arch takes them.")]
+Images = Annotated[
+    int | None, typer.Option(help="Draw so many images in all; parts and classes keep their shares.", min=1)
+]
+Augment = Annotated[
+    bool | None, typer.Option("--augment/--no-augment", help="Augment training images; by default where that is usual.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Seed = Annotated[int, typer.Option(help="Seed of sampling, splitting and training.", min=0)]
 Device = Annotated[str | None, typer.Option(help="Device to compute on, such as cpu or cuda:0.")]
@@ -160,7 +167,10 @@ def rank(
     model: Model = None,
     data: Data = "digits",
     size: Size = None,
+    channels: Channels = None,
     normalise: Normalise = None,
+    images: Images = None,
+    augment: Augment = None,
     out: Annotated[Path, typer.Option(help="File for the ranks.")] = Path("ranks.safetensors"),
     images_per_class: ImagesPerClass = 50,
     taps: Taps = "activation",
@@ -172,7 +182,10 @@ def rank(
     from pyprune.ranks import rank_filters
 
     _check_out(out)
-    network, splits = _network(arch, model, weights, data, seed, size=size, normalise=normalise)
+    network, splits = _network(
+        arch, model, weights, data, seed, size=size, channels=channels, normalise=normalise, images=images,
+        augment=augment,
+    )  # fmt: skip
     *_, ranking = _loaders(splits, seed)
     ranks = rank_filters(
         network, ranking, num_classes=len(splits.classes), images_per_class=images_per_class, taps=taps,
@@ -200,7 +213,10 @@ def select(
         str | None, typer.Option(help="Data, as for rank: for criteria that look at them, budgets and coupling.")
     ] = None,
     size: Size = None,
+    channels: Channels = None,
     normalise: Normalise = None,
+    images: Images = None,
+    augment: Augment = None,
     out: Annotated[Path, typer.Option(help="File for the plan.")] = Path("plan.json"),
     method: Method = "crank",
     rates: Rates = None,
@@ -227,7 +243,10 @@ def select(
     if weights is None and "ranks" not in criterion.needs:
         raise ValueError(f"select: {method!r} looks at trained weights. Pass --weights.")
     found = None if ranks is None else ClassRanks.load(ranks)
-    network, splits = _network_for_selection(arch, model, weights, data, found, seed, size=size, normalise=normalise)
+    network, splits = _network_for_selection(
+        arch, model, weights, data, found, seed, size=size, channels=channels, normalise=normalise, images=images,
+        augment=augment,
+    )  # fmt: skip
     known = {} if splits is None else {"data": _loaders(splits, seed)[3], "example_inputs": splits.train[0][0][None]}
     plan = selection.select(
         network, criterion, ranks=found, rates=_rates(rates), budget=_pairs("--budget", budget),
@@ -289,7 +308,10 @@ def trial(
     model: Model = None,
     data: Data = "digits",
     size: Size = None,
+    channels: Channels = None,
     normalise: Normalise = None,
+    images: Images = None,
+    augment: Augment = None,
     method: Annotated[
         list[str] | None, typer.Option(help="A criterion to compare; repeatable. crank, hrank, l1, fpgm and random.")
     ] = None,
@@ -313,7 +335,10 @@ def trial(
     """Compare criteria: the same rates, fine-tuning and seeds, several runs each, and whether they differ."""
     from pyprune import trials
 
-    network, splits = _network(arch, model, weights, data, seed, size=size, normalise=normalise)
+    network, splits = _network(
+        arch, model, weights, data, seed, size=size, channels=channels, normalise=normalise, images=images,
+        augment=augment,
+    )  # fmt: skip
     found = trials.trial(
         network, method or trials.DEFAULT, _loaders(splits, seed), runs=runs, rates=_rates(rates),
         num_classes=len(splits.classes), images_per_class=images_per_class, taps=taps, exclude=tuple(exclude or ()),
@@ -330,7 +355,10 @@ def finetune(
     model: Model = None,
     data: Data = "digits",
     size: Size = None,
+    channels: Channels = None,
     normalise: Normalise = None,
+    images: Images = None,
+    augment: Augment = None,
     plan: Annotated[Path | None, typer.Option(help="Hold the filters that this plan drops at zero.")] = None,
     out: Annotated[Path, typer.Option(help="File for the trained weights.")] = Path("finetuned.safetensors"),
     epochs: Epochs = 30,
@@ -348,7 +376,10 @@ def finetune(
 
     _check_out(out)
     wanted = None if plan is None else Plan.load(plan)
-    network, splits = _network(arch, model, weights, data, seed, size=size, normalise=normalise)
+    network, splits = _network(
+        arch, model, weights, data, seed, size=size, channels=channels, normalise=normalise, images=images,
+        augment=augment,
+    )  # fmt: skip
     masks = None if wanted is None else mask_(network, wanted)
     train, val, test, _ = _loaders(splits, seed)
     checkpoint = out.with_name(out.name + ".checkpoint")
@@ -379,7 +410,10 @@ def compact(
     ] = None,
     data: Data = "digits",
     size: Size = None,
+    channels: Channels = None,
     normalise: Normalise = None,
+    images: Images = None,
+    augment: Augment = None,
     out: Annotated[Path, typer.Option(help="The slim folder.")] = Path("slim"),
     residual: Residual = "scatter",
     round_to: Annotated[int, typer.Option(help="Keep a multiple of this many filters.", min=1)] = 1,
@@ -396,7 +430,10 @@ def compact(
 
     files.make_folder("--out", out)
     wanted = None if plan is None else Plan.load(plan)
-    network, splits = _network(arch, model, weights, data, seed, size=size, normalise=normalise)
+    network, splits = _network(
+        arch, model, weights, data, seed, size=size, channels=channels, normalise=normalise, images=images,
+        augment=augment,
+    )  # fmt: skip
     if wanted is None:
         wanted = zero_filters(network)
     slim = compaction.compact(
@@ -419,7 +456,10 @@ def prune(
     model: Model = None,
     data: Data = "digits",
     size: Size = None,
+    channels: Channels = None,
     normalise: Normalise = None,
+    images: Images = None,
+    augment: Augment = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("pruned"),
     images_per_class: ImagesPerClass = 50,
     taps: Taps = "activation",
@@ -447,7 +487,10 @@ def prune(
 
     options = _options(ease, preset, settings)
     criterion = criteria.find("prune", method, options) if options else method
-    network, splits = _network(arch, model, weights, data, seed, size=size, normalise=normalise)
+    network, splits = _network(
+        arch, model, weights, data, seed, size=size, channels=channels, normalise=normalise, images=images,
+        augment=augment,
+    )  # fmt: skip
     train, val, test, ranking = _loaders(splits, seed)
     result = pipeline.prune(
         network, train, val, test=test, ranking=ranking, num_classes=len(splits.classes),
@@ -565,14 +608,14 @@ def _check_out(out: Path) -> None:
     files.make_folder("--out", out.parent)
 
 
-def _build(arch: str | None, model: str | None, num_classes: int) -> nn.Module:
-    """Build a network by the name of its architecture, or by ``package.module:factory``."""
+def _build(arch: str | None, model: str | None, num_classes: int, **options: Any) -> nn.Module:
+    """Build a network by the name of its architecture, with ``options``, or by ``package.module:factory``."""
     from pyprune import models
 
     _check_choice(arch, model)
     if model is not None:
         return _own_network(model)
-    network: nn.Module = getattr(models, str(arch))(num_classes=num_classes)
+    network: nn.Module = getattr(models, str(arch))(num_classes=num_classes, **options)
     return network
 
 
@@ -619,7 +662,7 @@ def _network(
 
     _check_choice(arch, model)  # before the data, which may take a while
     splits = open_data(data, seed=seed, **options)
-    network = _build(arch, model, len(splits.classes))
+    network = _build(arch, model, len(splits.classes), in_channels=splits.channels)
     load_checkpoint(network, weights)
     return network.eval(), splits
 
@@ -683,7 +726,9 @@ def _network_for_selection(
     splits = None if data is None else open_data(data, seed=seed, **options)
     if ranks is None and splits is None:
         raise ValueError("select: needs --ranks, which `pyprune rank` writes.")
-    return _build(arch, model, len(splits.classes) if splits else ranks.num_classes if ranks else 0), splits
+    if splits is not None:
+        return _build(arch, model, len(splits.classes), in_channels=splits.channels), splits
+    return _build(arch, model, ranks.num_classes if ranks else 0), splits
 
 
 def _met(plan: Plan) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 
 from pyprune.datasets.cifar import cifar
 from pyprune.datasets.embedded import digits as digits
@@ -27,8 +28,9 @@ _OPENERS: dict[str, Callable[..., Splits]] = {
     "npz": npz_file,
 }
 _OPTIONS = {
-    "digits": ("size",), "cifar10": ("channels", "normalise"), "cifar100": ("channels", "normalise"),
-    "folder": ("size", "channels", "normalise"), "npz": ("size", "channels", "normalise"),
+    "digits": ("size", "images"), "cifar10": ("channels", "normalise", "images"),
+    "cifar100": ("channels", "normalise", "images"), "folder": ("size", "channels", "normalise", "images"),
+    "npz": ("size", "channels", "normalise", "images"),
 }  # fmt: skip
 
 
@@ -39,6 +41,8 @@ def open_data(
     size: int | None = None,
     channels: int | None = None,
     normalise: str | Statistics | None = None,
+    images: int | None = None,
+    augment: bool | None = None,
 ) -> Splits:
     """Open the data set that ``spec`` names.
 
@@ -60,6 +64,11 @@ def open_data(
         Per-channel mean and standard deviation: ``"imagenet"``, ``"cifar"``, ``"data"`` (of the training images),
         numbers as ``"0.5,0.5,0.5/0.2,0.2,0.2"``, or a pair of sequences. By default ``"cifar"`` for CIFAR,
         ``"imagenet"`` for folders, and ``"data"`` for the others.
+    images
+        How many to draw with ``seed`` for the three parts together; every class of every part keeps its share. By
+        default all.
+    augment
+        What ``Splits.augment`` is to say, instead of what is usual for the kind of data.
 
     Returns
     -------
@@ -69,16 +78,20 @@ def open_data(
     Raises
     ------
     ValueError
-        If there is no such data set, the files are missing, broken or hostile, or an option does not apply.
+        If there is no such data set, the files are missing, broken or hostile, an option does not apply, or ``images``
+        is more than there are or too few for one of each class and part.
     """
     kind, _, place = spec.partition(":")
     if kind not in _OPENERS or bool(place) != (kind != "digits"):
         near = [known for known in KNOWN if known.partition(":")[0] in difflib.get_close_matches(kind, _OPENERS, n=1)]
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"open_data: the data must be one of {', '.join(KNOWN)}; got {spec!r}.{hint}")
-    options = {"size": size, "channels": channels, "normalise": normalise}
+    if augment and kind == "digits":
+        raise ValueError("open_data: digits are not augmented; leave augment out.")
+    options = {"size": size, "channels": channels, "normalise": normalise, "images": images}
     given = {name: value for name, value in options.items() if value is not None}
     for name in given:
         if name not in _OPTIONS[kind]:
             raise ValueError(f"open_data: {kind} takes no {name}; leave it out.")
-    return _OPENERS[kind](place, seed=seed, **given)
+    splits = _OPENERS[kind](place, seed=seed, **given)
+    return splits if augment is None else replace(splits, augment=augment)

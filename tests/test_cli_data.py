@@ -113,6 +113,36 @@ def test_convert_makes_a_torch_file_safe(run: Run, made: dict[str, Path], tmp_pa
     assert not pp.load_checkpoint(network, tmp_path / "safe.safetensors").missing
 
 
+def test_the_network_takes_the_images_channels(run: Run, made: dict[str, Path], tmp_path: Path) -> None:
+    torch.save(pp.models.vgg_digits(in_channels=1).state_dict(), tmp_path / "grey.pth")
+    words = ["--arch", "vgg_digits", "--weights", "grey.pth", "--data", f"folder:{made['photos']}", "--size", 16]
+    few = ["--images", 90, "--images-per-class", 2, "--out", "r"]
+    status, out, err = run("rank", *words, *few, "--channels", 1, "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["layers"][0]["filters"] == 32
+    status, _, err = run("select", *words, *few[:2], "--channels", 1, "--method", "l1", "--rates", 0.5, "--json")
+    assert (status, err) == (0, "")
+    status, _, err = run("rank", *words, *few)  # three, as folders have them
+    assert status == 2
+    assert "features.conv0.weight" in err
+    status, _, err = run("rank", *words, "--images", 20)
+    assert status == 2
+    assert "images must be at least 30, one for each class of each part, and at most the 200 that there are" in err
+
+
+def test_training_is_augmented_when_asked_for(run: Run, made: dict[str, Path], tmp_path: Path) -> None:
+    torch.save(pp.models.resnet20(width=0.25).state_dict(), tmp_path / "w.pth")
+    (tmp_path / "small.py").write_text("import pyprune as pp\nbuild = lambda: pp.models.resnet20(width=0.25)\n")
+    losses = {}
+    for flag in ("--augment", "--no-augment", None):
+        words = ["--model", "small:build", "--weights", "w.pth", "--data", f"npz:{made['npz']}", "--steps", 2]
+        status, out, err = run("finetune", *words, *([flag] if flag else []), "--out", f"{flag}.safetensors", "--json")
+        assert (status, err) == (0, "")
+        losses[flag] = json.loads(out)["epochs"][0]["train_loss"]
+    assert losses["--no-augment"] == losses[None]
+    assert losses["--augment"] != losses[None]
+
+
 RANK = "rank --model narrow:build --weights {weights} --data cifar10:{cifar} --images-per-class 2 "
 COMMANDS = {
     "hostile archive": ("rank --model narrow:build --weights {weights} --data cifar10:{hostile_cifar}", "data_batch_3"),

@@ -39,6 +39,7 @@ def cifar(
     seed: int = 0,
     channels: int | None = None,
     normalise: str | Statistics = "cifar",
+    images: int | None = None,
 ) -> Splits:
     """Open CIFAR-10 or CIFAR-100: the official test images, and 10 % of the training images for validation.
 
@@ -54,6 +55,8 @@ def cifar(
         1 for grey; 3 by default.
     normalise
         See :func:`pyprune.data.open_data`; ``"cifar"`` are this data set's usual constants.
+    images
+        See :func:`pyprune.data.open_data`.
 
     Raises
     ------
@@ -68,13 +71,13 @@ def cifar(
     label_names = _label_names(*found.pop(meta), key, classes)
     parts = {name: _images_labels(*found.pop(name), classes) for name in names[:-1]}
     train = [parts[name] for name in _TRAIN[classes]]
-    images, labels = (np.concatenate(arrays) for arrays in zip(*train, strict=True))
+    pixels, labels = (np.concatenate(arrays) for arrays in zip(*train, strict=True))
     whole, test = (
-        ImageArrays(with_channels(torch.from_numpy(pixels), channels), classes_of)
-        for pixels, classes_of in ((images, labels), map(np.array, parts[_TEST[classes]]))  # a copy can be written to
+        ImageArrays(with_channels(torch.from_numpy(own), channels), classes_of)
+        for own, classes_of in ((pixels, labels), map(np.array, parts[_TEST[classes]]))  # a copy can be written to
     )
     name = f"cifar{classes}"
-    split = three({"train": whole, "test": test}, seed)
+    split = three({"train": whole, "test": test}, seed, images=images)
     return assembled(name, split, label_names, normalise, cifar=name, augment=True)
 
 

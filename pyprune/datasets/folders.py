@@ -24,6 +24,7 @@ def image_folder(
     size: int = 224,
     channels: int = 3,
     normalise: str | Statistics = "imagenet",
+    images: int | None = None,
 ) -> Splits:
     """Open a folder of images with one sub-folder a class, or with such folders in train, val and test.
 
@@ -42,7 +43,7 @@ def image_folder(
         Height and width.
     channels
         3 for colour, 1 for grey.
-    normalise
+    normalise, images
         See :func:`pyprune.data.open_data`.
 
     Raises
@@ -65,11 +66,12 @@ def image_folder(
             f"{given.get('train', root)} has {', '.join(classes[:5]) or 'none'}."
         )
 
-    def images(folder: Path) -> EncodedImages:
+    def within(folder: Path) -> EncodedImages:
         paths, labels = _listed(folder, classes)
         return EncodedImages(paths, paths, np.array(labels, np.int64), size, channels)
 
-    parts = three({part: images(folder) for part, folder in (given or {"train": root}).items()}, seed)
+    found = {part: within(folder) for part, folder in (given or {"train": root}).items()}
+    parts = three(found, seed, images=images)
     return assembled(f"folder:{root.name}", parts, classes, normalise, augment=True)
 
 

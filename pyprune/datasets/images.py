@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from pyprune import files
-from pyprune.datasets.parts import Splits, stratified
+from pyprune.datasets.parts import Splits, drawn, stratified
 from pyprune.types import IntArray
 
 WHO = "open_data"
@@ -142,6 +142,7 @@ class ImageArrays(Images):
     def __init__(self, images: torch.Tensor, labels: IntArray, rows: IntArray | None = None) -> None:
         super().__init__(labels, rows)
         self.images = images
+        self.kept: IntArray | None = None  # [M], ascending: the rows that images holds, where it does not hold all
         self.white = 255.0 if images.dtype == torch.uint8 else 1.0
 
     @property
@@ -159,7 +160,8 @@ class ImageArrays(Images):
 
     def raw(self, rows: IntArray, random: torch.Generator | None) -> torch.Tensor:
         """Return new images [N, C, H, W] as stored at ``rows``, augmented if there is a generator."""
-        images = self.images[torch.from_numpy(rows)]
+        places = rows if self.kept is None else np.searchsorted(self.kept, rows)
+        images = self.images[torch.from_numpy(places)]
         return images if random is None else crop_and_flip(images, random)
 
 
@@ -213,8 +215,11 @@ class EncodedImages(Images):
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
     def in_memory(self) -> ImageArrays:
-        """Decode everything once."""
-        return ImageArrays(torch.cat([self.raw(rows, None) for rows in _chunks(self.rows)]), self.labels)
+        """Decode the images of this part once."""
+        kept = np.unique(self.rows)
+        decoded = ImageArrays(torch.cat([self.raw(rows, None) for rows in _chunks(kept)]), self.labels)
+        decoded.rows, decoded.kept = self.rows, kept
+        return decoded
 
     def _looked_at(self) -> slice:
         return slice(None, None, -(-len(self) // STATISTICS_SAMPLE))
@@ -309,12 +314,15 @@ def with_channels(images: torch.Tensor, channels: int | None) -> torch.Tensor:  
     raise ValueError(f"{WHO}: channels must be 1 or 3 and the images' own 1 or 3; got {channels} for {C}.")
 
 
-def three(parts: Mapping[str, Images], seed: int, groups: Any = None) -> tuple[Images, Images, Images]:
+def three(
+    parts: Mapping[str, Images], seed: int, groups: Any = None, *, images: int | None = None
+) -> tuple[Images, Images, Images]:
     """Return training, validation and test images, setting aside at random what ``parts`` lacks.
 
     Where only one of validation and test is there, it is measured with, and 10 % of the training images become the
     validation images; where neither is, 10 % each. ``groups`` are those of the training images; see
-    :func:`pyprune.datasets.parts.stratified`.
+    :func:`pyprune.datasets.parts.stratified`. Of all that, ``images`` are drawn; see
+    :func:`pyprune.datasets.parts.drawn`.
     """
     train = parts["train"]
     rest = [parts[part] for part in ("val", "test") if part in parts]
@@ -322,7 +330,9 @@ def three(parts: Mapping[str, Images], seed: int, groups: Any = None) -> tuple[I
     rows = stratified(train.labels, fractions, seed, groups)
     if not all(map(len, rows)):
         raise ValueError(f"{WHO}: {len(train)} training images are too few to set some aside; add images.")
-    first, second, third = (*(train.part(own) for own in rows), *rest)
+    whole = [*(train.part(own) for own in rows), *rest]
+    chosen = drawn(WHO, [part.labels for part in whole], images, seed)
+    first, second, third = (part.part(own) for part, own in zip(whole, chosen, strict=True))
     return first, second, third
 
 

@@ -6,7 +6,7 @@ import io
 import itertools
 import math
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -54,6 +54,7 @@ def npz_file(
     size: int | None = None,
     channels: int | None = None,
     normalise: str | Statistics = "data",
+    images: int | None = None,
 ) -> Splits:
     """Open images in one .npz file, or in two: training and test.
 
@@ -73,8 +74,8 @@ def npz_file(
         Height and width of encoded images; by default the short side of the first.
     channels
         1 for grey, 3 for colour; by default as stored, and 3 where images are encoded.
-    normalise
-        See :func:`pyprune.data.open_data`.
+    normalise, images
+        See :func:`pyprune.data.open_data`; encoded images that are not drawn are not decoded.
 
     Raises
     ------
@@ -92,7 +93,8 @@ def npz_file(
         whole = _whole(arrays, name, size or parts["train"].shape[1], channels or parts["train"].shape[0])
         parts = {**{part: own for part, own in parts.items() if part != "test"}, "test": whole}
     classes = _class_names(opened[0][0], parts.values(), str(paths[0]))
-    return assembled(f"npz:{paths[0].stem}", three(parts, seed, groups), classes, normalise)
+    first, second, third = _decoded(three(parts, seed, groups, images=images))
+    return assembled(f"npz:{paths[0].stem}", (first, second, third), classes, normalise)
 
 
 def _read(path: Path) -> Arrays:
@@ -228,8 +230,15 @@ def _encoded(arrays: Arrays, name: str, size: int | None, channels: int | None) 
     names = [f"image {i} of {name}" for i in range(len(sources))]
     labels = _labels(arrays["labels"], len(sources), f"labels in {name}")
     side = size or min(open_image(sources[0], names[0]).size)
-    images = EncodedImages(sources, names, labels, side, channels or 3)
-    return images.in_memory() if len(images) * math.prod(images.shape) <= IN_MEMORY_BYTES else images
+    return EncodedImages(sources, names, labels, side, channels or 3)
+
+
+def _decoded(parts: Sequence[Images]) -> Sequence[Images]:
+    """Return ``parts`` with encoded images decoded, if that takes little memory."""
+    encoded = [part for part in parts if isinstance(part, EncodedImages)]
+    if sum(len(part) * math.prod(part.shape) for part in encoded) > IN_MEMORY_BYTES:
+        return parts
+    return [part.in_memory() if isinstance(part, EncodedImages) else part for part in parts]
 
 
 def _class_names(arrays: Arrays, parts: Collection[Images], name: str) -> tuple[str, ...]:

@@ -87,6 +87,56 @@ def split(
     return tuple(Subset(dataset, part.tolist()) for part in stratified(classes, fractions, seed))
 
 
+def drawn(who: str, parts: Sequence[IntArray], images: int | None, seed: int) -> list[IntArray]:
+    """Return sorted indices into each part, ``images`` in all; parts, and classes in them, keep their shares.
+
+    Parameters
+    ----------
+    who
+        For messages.
+    parts
+        The labels of each part.
+    images
+        How many there are to be; ``None`` keeps all.
+    seed
+        Of the draw.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer images, or more classes in the parts.
+    """
+    if images is None:
+        return [np.arange(len(labels)) for labels in parts]
+    classes = [[np.flatnonzero(labels == label) for label in np.unique(labels)] for labels in parts]
+    least = np.array([len(own) for own in classes])
+    sizes = np.array([len(labels) for labels in parts])
+    if not least.sum() <= images <= sizes.sum():
+        raise ValueError(
+            f"{who}: images must be at least {least.sum()}, one for each class of each part, and at most the "
+            f"{sizes.sum()} that there are; got {images}."
+        )
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for own, total in zip(classes, _shares(sizes, images, least), strict=True):
+        counts = _shares(np.array([len(members) for members in own]), int(total), np.ones(len(own), np.int64))
+        pieces = [rng.permutation(members)[:count] for members, count in zip(own, counts, strict=True)]
+        chosen.append(np.sort(np.concatenate(pieces)))
+    return chosen
+
+
+def _shares(sizes: IntArray, total: int, least: IntArray) -> IntArray:
+    """Return whole numbers with sum ``total``, none below ``least``, as near to the shares of ``sizes`` as can be."""
+    exact = sizes * (total / sizes.sum())
+    counts: IntArray = np.maximum(least, exact.astype(np.int64))
+    while missing := total - int(counts.sum()):
+        step = 1 if missing > 0 else -1
+        can = np.flatnonzero((counts < sizes) if step > 0 else (counts > least))
+        furthest = can[np.argsort(step * (counts - exact)[can], kind="stable")]
+        counts[furthest[: abs(missing)]] += step
+    return counts
+
+
 def length(who: str, dataset: Any) -> int:
     """Return the number of items of ``dataset``.
 

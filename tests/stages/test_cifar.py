@@ -380,3 +380,6 @@ def test_options_that_do_not_apply(archive):
     with pytest.raises(ValueError, match=r"must be one of digits, .*got 'cifar10'. Did you mean 'cifar10:DIR'"):
         data.open_data("cifar10")
     assert data.open_data(f"cifar10:{archive}", channels=1).shape == (1, 32, 32)
+    some = data.open_data(f"cifar10:{archive}", images=110)
+    assert [len(part) for part in (some.train, some.val, some.test)] == [90, 10, 10]
+    assert np.bincount(some.train.labels).tolist() == [9] * 10

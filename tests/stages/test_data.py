@@ -1,3 +1,7 @@
+import io
+import itertools
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -5,13 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 import pyprune as pp
 from pyprune import data
-from pyprune.datasets.images import PADDING, ImageArrays, crop_and_flip
+from pyprune.datasets import npz
+from pyprune.datasets.images import PADDING, EncodedImages, ImageArrays, crop_and_flip
+from pyprune.datasets.parts import drawn
 
 
 class Numbers(Dataset):
@@ -289,3 +296,139 @@ def test_split_finds_the_labels_of_common_data_sets():
 def test_unusable_data_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=60), min_size=1, max_size=3), st.data())
+def test_a_draw_keeps_the_share_of_every_class_of_every_part(parts, choose):
+    parts = [np.array(labels) for labels in parts]
+    cells = [(i, label) for i, labels in enumerate(parts) for label in np.unique(labels)]
+    total = sum(map(len, parts))
+    images, seed = choose.draw(st.integers(len(cells), total)), choose.draw(st.integers(0, 3))
+    rows = drawn("x", parts, images, seed)
+    assert sum(map(len, rows)) == images
+    assert all(np.array_equal(own, np.unique(own)) for own in rows)
+    sizes = np.array([len(labels) for labels in parts]) * images / total
+    if all(size >= len(np.unique(labels)) for size, labels in zip(sizes, parts, strict=True)):
+        assert np.abs([len(own) for own in rows] - sizes).max() < 1
+    for labels, own in zip(parts, rows, strict=True):
+        exact, counts = (np.bincount(some, minlength=5)[np.unique(labels)] for some in (labels, labels[own]))
+        exact = exact * len(own) / len(labels)
+        assert counts.min() >= 1
+        assert exact.min() < 1 or np.abs(counts - exact).max() < 1
+    assert all(np.array_equal(a, b) for a, b in zip(rows, drawn("x", parts, images, seed), strict=True))
+    assert images < total or all(len(own) == len(labels) for own, labels in zip(rows, parts, strict=True))
+
+
+def test_rare_classes_take_their_one_image_from_the_frequent_ones():
+    labels = np.array([0] * 900 + list(range(1, 101)))
+    rows = drawn("x", [labels], 110, 0)[0]
+    assert np.bincount(labels[rows]).tolist() == [10] + [1] * 100
+    assert not np.array_equal(rows, drawn("x", [labels], 110, 1)[0])
+
+
+def test_digits_drawn_are_some_of_all_digits():
+    some, whole = data.open_data("digits", images=100), data.open_data("digits")
+    assert [len(part) for part in (some.train, some.val, some.test)] == pytest.approx([67, 16.5, 16.7], abs=5)
+    assert len(some.train) + len(some.val) + len(some.test) == 100
+    assert float(some.train.tensors[0].double().mean()) == pytest.approx(0, abs=1e-6)
+    for name in ("train", "val", "test"):
+        grey, labels = (getattr(some, name).tensors[0] * some.std[0] + some.mean[0]), getattr(some, name).tensors[1]
+        every = getattr(whole, name).tensors[0] * whole.std[0] + whole.mean[0]
+        nearest = torch.cdist(grey.flatten(1), every.flatten(1)).min(1)
+        assert float(nearest.values.max()) < 1e-4
+        assert torch.equal(getattr(whole, name).tensors[1][nearest.indices], labels)
+        assert set(labels.tolist()) == set(range(10))
+
+
+def encoded_npz(path, count=120, **more):
+    """Write images 8x8 whose brightness says which they are; three classes, two of three patients' images alike."""
+    files = []
+    for i in range(count):
+        with io.BytesIO() as buffer:
+            Image.fromarray(np.full((8, 8, 3), 2 * i, np.uint8)).save(buffer, "PNG")
+            files.append(buffer.getvalue())
+    labels = np.arange(count) // 2 % 3
+    np.savez(
+        path, jpeg=np.frombuffer(b"".join(files), np.uint8), offsets=np.cumsum([0, *map(len, files)]), labels=labels,
+        patients=np.arange(count) // 2, **more,
+    )  # fmt: skip
+    return f"npz:{path}"
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("own_test", [True, False])
+def test_only_the_drawn_images_are_decoded_and_only_once(tmp_path, monkeypatch, in_memory, own_test):
+    more = {"split": (np.arange(120) >= 90).astype(int)} if own_test else {}
+    spec = encoded_npz(tmp_path / "a.npz", **more)
+    decoded = []
+    decode = EncodedImages._decode
+    monkeypatch.setattr(EncodedImages, "_decode", lambda own, row, draw: decoded.append(row) or decode(own, row, draw))
+    monkeypatch.setattr(npz, "IN_MEMORY_BYTES", 40 * 8 * 8 * 3 if in_memory else 40 * 8 * 8 * 3 - 1)
+    splits = data.open_data(spec, images=40, normalise="0,0,0/1,1,1")
+    parts = (splits.train, splits.val, splits.test)
+    rows = [part.rows.tolist() for part in parts]
+    assert sorted(decoded) == (sorted(itertools.chain(*rows)) if in_memory else [])
+    assert isinstance(splits.train, ImageArrays if in_memory else EncodedImages)
+    assert sum(map(len, rows)) == len(set(itertools.chain(*rows))) == 40
+    assert [len(own) for own in rows] == ([27, 3, 10] if own_test else [32, 4, 4])
+    assert not own_test or min(rows[2]) >= 90 > max(rows[0] + rows[1])
+    patients = [{row // 2 for row in own} for own in rows]
+    assert sum(map(len, patients)) == len(set.union(*patients)), "no patient is in two parts"
+    for part, own in zip(parts, rows, strict=True):
+        x, y = part.batch(range(len(part)))
+        assert (255 * x[:, 0, 0, 0]).round().tolist() == [2 * row for row in own]
+        assert y.tolist() == [row // 2 % 3 for row in own]
+    whole = data.open_data(spec, normalise="0,0,0/1,1,1")
+    assert all(set(a) <= set(b.rows.tolist()) for a, b in zip(rows, (whole.train, whole.val, whole.test), strict=True))
+    assert data.open_data(spec, images=40, seed=1).train.rows.tolist() != rows[0]
+    assert data.open_data(spec, images=40).train.rows.tolist() == rows[0]
+
+
+def test_a_folder_is_thinned_without_reading_it(tmp_path):
+    for part, count in (("train", 20), ("test", 10)):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                (tmp_path / part / name / f"{i}.png").write_bytes(b"no image")
+    splits = data.open_data(f"folder:{tmp_path}", images=30)
+    assert [len(part) for part in (splits.train, splits.val, splits.test)] == [18, 2, 10]
+    assert np.bincount(splits.train.labels).tolist() == [9, 9]
+
+
+@pytest.mark.parametrize("images", [8, 121, 0, -3])
+def test_more_images_than_there_are_or_too_few_for_every_class(tmp_path, images):
+    spec = encoded_npz(tmp_path / "a.npz")
+    message = (
+        f"^open_data: images must be at least 9, one for each class of each part, and at most the 120 .*; got {images}"
+    )
+    with pytest.raises(ValueError, match=message):
+        data.open_data(spec, images=images)
+    assert len(data.open_data(spec, images=9).val) == 3
+    assert len(data.open_data(spec, images=120).val) == len(data.open_data(spec).val)
+
+
+def test_whether_to_augment_can_be_said(tmp_path):
+    spec = encoded_npz(tmp_path / "a.npz")
+    assert [data.open_data(spec, augment=given).augment for given in (None, True, False)] == [False, True, False]
+    splits = data.open_data(spec, augment=True)
+    assert len(next(iter(data.loader(splits.train, shuffle=True, augment=splits.augment)))) == 2
+    with pytest.raises(ValueError, match="open_data: digits are not augmented; leave augment out"):
+        data.open_data("digits", augment=True)
+    assert not data.open_data("digits", augment=False).augment
+
+
+@pytest.mark.slow
+def test_chest_x_rays_are_thinned_patient_by_patient():
+    place = Path(os.environ.get("PYPRUNE_DATA", "")) / "cxr_pneumonia_224_jpegbytes.npz"
+    if not os.environ.get("PYPRUNE_DATA") or not place.is_file():
+        pytest.skip("PYPRUNE_DATA does not name the folder with the chest X-rays")
+    splits = data.open_data(f"npz:{place}", size=64, channels=1, images=1200, seed=0)
+    with np.load(place, allow_pickle=False) as raw:
+        patients, given = raw["patients"], raw["split"]
+    rows = [part.rows for part in (splits.train, splits.val, splits.test)]
+    owners = [set(patients[own].tolist()) for own in rows]
+    assert sum(map(len, owners)) == len(set.union(*owners))
+    assert sum(map(len, rows)) == 1200
+    assert [set(given[own]) for own in rows] == [{0}, {0}, {1}]
+    assert splits.shape == (1, 64, 64)
