@@ -127,7 +127,7 @@ def optimize_widths(
     runs
         Networks that are trained at each set of widths; run i of every step has the seed ``seed + i``.
     budget
-        Trainings in all, repetitions included.
+        Trainings in all. Repetitions count, and one that is due is made even beyond it.
     coupled
         Groups of names that must stay equal.
     silent
@@ -193,7 +193,8 @@ def optimize_widths(
         silent=silent, patience=patience, runs=runs, budget=budget, eps=eps, seed=seed,
     )  # fmt: skip
     units = _units(widths, coupled)
-    layers = _responding(build, dict(widths), units, rules)
+    with _seeded(seed):
+        layers = _responding(build, dict(widths), units, rules)
     settings = {
         "widths": dict(widths), "coupled": sorted(map(list, units)), "metric": metric, "test": test is not None,
         **{name: value for name, value in vars(rules).items() if name != "budget"},
@@ -231,10 +232,12 @@ def _rules(**given: Any) -> _Rules:
         value = getattr(rules, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"optimize_widths: {name} must be a whole number of at least 1; got {value!r}.")
-    for name, low, high in (("threshold", 0, 1), ("target", 0, 1), ("tolerance", 0, math.inf), ("eps", 0, math.inf)):
-        if not low <= getattr(rules, name) <= high or not math.isfinite(getattr(rules, name)):
-            top = " and finite" if high == math.inf else f" and at most {high}"
-            raise ValueError(f"optimize_widths: {name} must be at least {low}{top}; got {getattr(rules, name)!r}.")
+    for name, high in (("threshold", 1), ("target", 1), ("tolerance", math.inf)):
+        if not 0 <= getattr(rules, name) <= high or not math.isfinite(getattr(rules, name)):
+            top = "finite" if high == math.inf else f"at most {high}"
+            raise ValueError(f"optimize_widths: {name} must be at least 0 and {top}; got {getattr(rules, name)!r}.")
+    if not 0 < rules.eps < math.inf:
+        raise ValueError(f"optimize_widths: eps must be positive and finite; got {rules.eps!r}.")
     if not 0 < rules.shrink < 1:
         raise ValueError(f"optimize_widths: shrink must lie between 0 and 1; got {rules.shrink!r}.")
     if rules.silent not in ("narrow", "keep"):
