@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from pyprune.types import Plan as Plan
     from pyprune.types import Profile as Profile
     from pyprune.types import PruneResult as PruneResult
+    from pyprune.watching import Watch as Watch
     from pyprune.widths import optimize_widths as optimize_widths
 
 __version__ = "0.1.0"
@@ -77,6 +78,7 @@ _HOME = {
     "fairness": "equity",
     "trial": "trials",
     "optimize_widths": "widths",
+    "Watch": "watching",
     "prune": "pipeline",
     "report": "reporting",
     "backends": "machine",

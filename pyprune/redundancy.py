@@ -417,11 +417,11 @@ def _intervals(counts: IntArray, compared: int, exist: int) -> FloatArray:
 
 
 def _random(shape: tuple[int, ...], eps: float, measure: _Measure) -> RandomKernels:
-    return _random_kernels(shape, eps, measure.thresholds, measure.exponents, measure.seed)
+    return random_kernels(shape, eps, measure.thresholds, measure.exponents, measure.seed)
 
 
 @lru_cache(maxsize=256)
-def _random_kernels(
+def random_kernels(
     shape: tuple[int, ...], eps: float, thresholds: tuple[float, ...], exponents: tuple[float, ...], seed: int
 ) -> RandomKernels:
     """Measure independent standard normal kernels; Psi of a pair depends on F1, K1, K2 alone, and not on F2."""

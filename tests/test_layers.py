@@ -21,7 +21,7 @@ BASE = {
     "optimizers", "resuming", "comparing", "searching", "loggers",  # part of what compaction returns, and of long runs
     "benching",  # measures the kernels
 }  # fmt: skip
-KNOWS_THE_ORDER = {"__init__", "__main__", "pipeline", "trials", "widths", "demo", "cli", "testing"}
+KNOWS_THE_ORDER = {"__init__", "__main__", "pipeline", "trials", "widths", "demo", "cli", "testing", "watching"}
 STAGES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in BASE | KNOWS_THE_ORDER)
 
 

@@ -686,7 +686,7 @@ def test_training_flags_come_back(flags):
         ({"train": [(torch.zeros(2, 1, 6, 6),) * 3]}, TypeError, r"must yield \(images, labels\)"),
         ({"amp": "fp8"}, ValueError, "amp must be one of auto, off, bf16, fp16; got 'fp8'"),
         ({"seed": "a"}, TypeError, "seed must be a whole number; got 'a'"),
-        ({"log": 3}, TypeError, r"log must be callable or have \.log, \.add_scalar or \.log_metrics; got int"),
+        ({"log": 3}, TypeError, r"log must be a path, a callable or have \.log, .* or \.log_metrics; got int"),
         ({"train": []}, ValueError, "needs at least one image; the train loader is empty"),
         ({"val": []}, ValueError, "needs at least one image; the val loader is empty"),
         ({"train": iter([])}, TypeError, "train must be iterable once per epoch; got a list_iterator"),
