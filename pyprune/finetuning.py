@@ -133,8 +133,8 @@ def finetune(
         A file that holds the run after each epoch. If it is there, the run is continued from it; it must come
         from the same settings, masks and starting weights.
     log
-        Receives a row per epoch (epoch, lr, train_loss, val_loss, val_top1, seconds): any callable, or an object
-        with ``.log_metrics``, ``.add_scalar`` or ``.log``.
+        Receives a row per epoch (epoch, lr, train_loss, val_loss, val_top1, seconds): a path for JSON lines, any
+        callable, an object with ``.log_metrics``, ``.add_scalar`` or ``.log``, a :class:`pyprune.Watch`, or a list.
     progress
         Whether a progress bar is shown on a terminal.
 
