@@ -207,7 +207,8 @@ def optimize_widths(
 
     def search(stopped: str) -> WidthSearch:
         decides = trainer.metric or metric or "score"
-        return WidthSearch(tuple(steps), layers, decides, stopped, _notes(steps, layers, rules), options)
+        plain = WidthSearch(tuple(steps), layers, decides, stopped, options=options)
+        return replace(plain, notes=_notes(plain, rules))
 
     with bar("width search", budget, progress) as advance:
         while True:
@@ -599,12 +600,10 @@ def _widened(search: WidthSearch, units: list[tuple[str, ...]], rules: _Rules) -
     return proposal
 
 
-def _notes(steps: Sequence[WidthStep], layers: Mapping[str, tuple[str, ...]], rules: _Rules) -> tuple[str, ...]:
+def _notes(search: WidthSearch, rules: _Rules) -> tuple[str, ...]:
     """Say what the figures alone do not."""
-    if not steps or not steps[0].runs:
-        return ()
-    started = WidthSearch(tuple(steps[:1]), layers, "", "")
-    silent = [name for name in layers if not started.excess(steps[0], name) > rules.target]
+    standard = search.standard
+    silent = [name for name in search.layers if standard.runs and not search.excess(standard, name) > rules.target]
     notes = []
     if silent:
         what = "narrowed under the validation tolerance alone" if rules.silent == "narrow" else "left as they are"
@@ -612,11 +611,10 @@ def _notes(steps: Sequence[WidthStep], layers: Mapping[str, tuple[str, ...]], ru
             f"from the start lambda is at most {rules.target:g} above that of random kernels in {', '.join(silent)}: "
             f"it says nothing about these widths, which are {what}."
         )
-    free = {layer for own in layers.values() for layer in own}
-    fixed = [name for name in steps[0].runs[0].redundancy.layers() if name not in free]
+    free = {layer for own in search.layers.values() for layer in own}
+    fixed = [name for run in standard.runs[:1] for name in run.redundancy.layers() if name not in free]
     if fixed:
         notes.append(f"no width changes {', '.join(fixed)}.")
-    for number, step in enumerate(steps):
-        for run, why in step.given_up.items():
-            notes.append(f"step {number}, run {run} was given up: {why}.")
+    for number, step in enumerate(search.steps):
+        notes += [f"step {number}, run {run} was given up: {why}." for run, why in step.given_up.items()]
     return tuple(notes)
