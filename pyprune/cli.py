@@ -283,12 +283,13 @@ def combine(
     plan.save(out)
     rows = _plan_rows(plan)
     labels = [one["label"] for one in plan.options["plans"]]
-    overlaps = {
-        f"{labels[i]}, {labels[j]}": [
-            {"layer": name, **asdict(one)} for name, one in comparing.removed_by_both(given[i], given[j]).items()
+    overlaps = {}
+    for i, j in combinations(range(len(given)), 2):
+        found = comparing.removed_by_both(given[i], given[j])
+        whole = {"all layers": comparing.pooled(found.values())} if len(found) > 1 else {}
+        overlaps[f"{labels[i]}, {labels[j]}"] = [
+            {"layer": name, **asdict(one)} for name, one in {**found, **whole}.items()
         ]
-        for i, j in combinations(range(len(given)), 2)
-    }
     tables = {f"Removed by {pair}": [_named(row) for row in found] for pair, found in overlaps.items() if found}
     payload = {"method": plan.method, "layers": rows, "overlaps": overlaps, "refilled": plan.options["refilled"],
                "out": str(out)}  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any
@@ -349,6 +349,21 @@ def removed_by_both(first: Plan, second: Plan) -> dict[str, Overlap]:
     return {
         name: overlap(gone, removed[1][name], counts[name]) for name, gone in removed[0].items() if name in removed[1]
     }
+
+
+def pooled(overlaps: Iterable[Overlap]) -> Overlap:
+    """Return several layers taken together: sums, and the probabilities of the sum of their blind draws, exactly."""
+    from scipy import stats
+
+    found = list(overlaps)
+    chances: FloatArray = np.ones(1)
+    for one in found:
+        counts = np.arange(min(one.first, one.second) + 1)
+        chances = np.convolve(chances, stats.hypergeom.pmf(counts, one.filters, one.first, one.second))
+    common = sum(one.common for one in found)
+    p, p_fewer = (min(1.0, float(part.sum())) for part in (chances[common:], chances[: common + 1]))
+    filters, first, second = (sum(getattr(one, name) for one in found) for name in ("filters", "first", "second"))
+    return Overlap(filters, first, second, common, sum((one.chance for one in found), 0.0), p, p_fewer)
 
 
 def deviation(values: FloatArray) -> float | None:

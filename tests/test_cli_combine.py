@@ -30,13 +30,14 @@ def test_two_plans(run: Run, plans: list[str]) -> None:
     assert joined == pp.combine([Plan.load(path) for path in plans[:2]])
     assert {name: one.tolist() for name, one in joined.keep.items()} == {"conv1": [0, 1], "conv2": [0]}
     assert (shown["method"], shown["refilled"], shown["out"]) == ("union(crank, ckrm)", {"conv2": [0]}, "joined.json")
-    [row, other] = shown["overlaps"]["crank, ckrm"]
+    [row, other, whole] = shown["overlaps"]["crank, ckrm"]
     # conv1: {3, 4, 5} and {2, 3, 4} of 6: 2 in common, 1.5 by chance; 10 of the 20 ways have at least 2, 19 at most 2.
     assert row == {
         "layer": "conv1", "filters": 6, "first": 3, "second": 3, "common": 2, "chance": 1.5,
         "p": pytest.approx(0.5), "p_fewer": pytest.approx(0.95),
     }  # fmt: skip
     assert (other["common"], other["p_fewer"]) == (0, pytest.approx(1 / 6))
+    assert (whole["layer"], whole["filters"], whole["common"], whole["chance"]) == ("all layers", 10, 2, 2.5)
 
 
 def test_three_plans_and_what_the_terminal_says(run: Run, plans: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -227,6 +228,24 @@ def test_what_both_remove_beside_chance(given_plans):
         assert abs(found.p_fewer - sum(by_count[: found.common + 1])) < STATISTICS
         kept_by_both = comparing.overlap(one.keep[name], other.keep[name], F)
         assert abs(kept_by_both.p - found.p) < STATISTICS
+
+
+def test_layers_together_are_all_the_ways_to_draw_in_each():
+    first = {"a": [0, 1, 2], "b": [0], "c": [0]}
+    layers = comparing.removed_by_both(plan(**first), plan(a=[1, 2, 5, 6], b=[3, 2], c=[0]))
+    ways = [
+        len(set(a) & {0, 3, 4})
+        + len(set(b) & {0, 1})  # what the second removes, and all the first could remove instead
+        for a in combinations(range(7), 4)
+        for b in combinations(range(4), 3)
+    ]
+    found = comparing.pooled(layers.values())
+    assert (found.filters, found.first, found.second, found.common) == (12, 7, 5, 3)
+    assert abs(found.chance - np.mean(ways)) < STATISTICS
+    assert abs(found.p - np.mean([one >= 3 for one in ways])) < STATISTICS
+    assert abs(found.p_fewer - np.mean([one <= 3 for one in ways])) < STATISTICS
+    assert 0 < found.p < 1
+    assert comparing.pooled([]).p == 1
 
 
 def test_masks_training_compaction_and_the_report_take_it(tmp_path):
