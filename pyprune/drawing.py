@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,35 @@ def new_grid(
     with rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout=layout)
         return figure, list(figure.subplots(rows, columns, squeeze=False, **more).ravel())
+
+
+def colours(count: int) -> list[str]:
+    """Return a colour each for things that are told apart; after eight they come again."""
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+def add_legend(figure: Figure, entries: Sequence[tuple[str, str]], y: float = 1.0) -> None:
+    """Name colours above the whole figure, or below the height ``y`` of one that has no layout."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=colour, lw=2, label=label(name, 30)) for name, colour in entries]
+    legend = figure.legend(
+        handles=handles,
+        loc="outside upper center" if figure.get_constrained_layout() else "upper center",
+        bbox_to_anchor=None if figure.get_constrained_layout() else (0.5, y),
+        ncols=6,
+        frameon=False,
+        fontsize=7,
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def label(name: str, longest: int) -> str:
+    """Return a name as a figure can show it: names come from files and may hold anything."""
+    shown = name if name.isascii() and name.isprintable() else ascii(name)[1:-1]
+    shown = shown if len(shown) <= longest else f"{shown[: longest // 2]}...{shown[-longest // 2 + 3 :]}"
+    return f" {shown}" if shown.startswith("_") else shown  # matplotlib hides labels that begin with one
 
 
 def encoded(figure: Figure, form: str = "svg") -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from pyprune import drawing, files
 from pyprune.convolutions import read_networks
-from pyprune.drawing import ACCENT, COLOURS, GREY, LIGHT
+from pyprune.drawing import ACCENT, GREY, LIGHT
 from pyprune.types import BINS, CKRM, EPSILONS, FloatArray, IntArray, LayerRedundancy
 
 if TYPE_CHECKING:
@@ -133,12 +133,14 @@ def omega_figure(result: CKRM) -> Figure:
     for axes in panels[len(names) :]:
         axes.axis("off")
     for name, axes in zip(names, panels, strict=False):
-        _omega(axes, result, name)
-        axes.set_title(_label(name, 30), fontsize=7, parse_math=False)
+        draw_omega(axes, [layers.get(name) for layers in result.networks.values()], result.thresholds)
+        axes.set_title(drawing.label(name, 30), fontsize=7, parse_math=False)
         axes.tick_params(labelsize=6)
     figure.supxlabel("similarity Psi of a pair of filters", fontsize=8, y=0.1 / height)
     figure.supylabel("share of the pairs", fontsize=8, x=0.05 / width)
-    _legend(figure, [*zip(result.networks, _colours(result), strict=False), ("random kernels", LIGHT)])
+    drawing.add_legend(
+        figure, [*zip(result.networks, drawing.colours(len(result.networks)), strict=False), ("random kernels", LIGHT)]
+    )
     return figure
 
 
@@ -147,16 +149,16 @@ def _names(result: CKRM) -> list[str]:
     return list(dict.fromkeys(name for layers in result.networks.values() for name in layers))[:SHOWN_LAYERS]
 
 
-def _omega(axes: Axes, result: CKRM, name: str) -> None:
-    found = [layers.get(name) for layers in result.networks.values()]
+def draw_omega(axes: Axes, networks: Sequence[LayerRedundancy | None], thresholds: Sequence[float]) -> None:
+    """Draw how Psi is distributed in one layer of several networks, over one another and over random kernels."""
     edges = np.linspace(0, 1, BINS // _COARSE + 1)
-    null = next((layer.random for layer in found if layer is not None and layer.random is not None), None)
+    null = next((layer.random for layer in networks if layer is not None and layer.random is not None), None)
     if null is not None:
         axes.stairs(_shares(null.histogram), edges, fill=True, color=LIGHT)
-    for layer, colour in zip(found, _colours(result), strict=False):
+    for layer, colour in zip(networks, drawing.colours(len(networks)), strict=True):
         if layer is not None and layer.pairs:
             axes.stairs(_shares(layer.histogram), edges, color=colour, lw=1)
-    for t in result.thresholds:
+    for t in thresholds:
         axes.axvline(t, color=GREY, lw=0.7, ls="--")
     axes.set(xlim=(0, 1), xticks=(0, 0.5, 1))
     axes.set_ylim(bottom=0)
@@ -175,7 +177,7 @@ def depth_figure(result: CKRM) -> Figure:
     width = min(3 + 0.16 * len(names), 14)
     figure, panels = drawing.new_grid(len(EPSILONS), 1, width, 5.6, sharex=True)
     for row, (axes, eps) in enumerate(zip(panels, EPSILONS, strict=True), start=1):
-        for layers, colour in zip(result.networks.values(), _colours(result), strict=False):
+        for layers, colour in zip(result.networks.values(), drawing.colours(len(result.networks)), strict=False):
             axes.plot(_along(layers, names, lambda one, r=row: one.lambdas[r, 0]), "-o", ms=2.5, lw=1, color=colour)
         null = _along(next(iter(result.networks.values())), names, lambda one, r=row: _null_lambda(one, r))
         axes.plot(null, color=GREY, lw=1, ls="--")
@@ -183,9 +185,11 @@ def depth_figure(result: CKRM) -> Figure:
         axes.set_ylabel(f"eps {eps:g}")
     panels[0].set_title(f"lambda: share of the pairs with Psi > {result.thresholds[0]:g}", fontsize=9)
     panels[-1].set_xticks(
-        range(len(names)), [_label(name, 24) for name in names], rotation=90, fontsize=6, parse_math=False
+        range(len(names)), [drawing.label(name, 24) for name in names], rotation=90, fontsize=6, parse_math=False
     )
-    _legend(figure, [*zip(result.networks, _colours(result), strict=False), ("random kernels", GREY)])
+    drawing.add_legend(
+        figure, [*zip(result.networks, drawing.colours(len(result.networks)), strict=False), ("random kernels", GREY)]
+    )
     return figure
 
 
@@ -248,7 +252,9 @@ def kernels_figure(layer: LayerRedundancy, kernels: FloatArray, title: str = "")
         _show(right, kernels[twin], channel)
         left.set_title(f"{i} and {twin}", fontsize=7, loc="left", pad=2)
         right.set_title(f"{layer.twin_psi[i]:.3f}", fontsize=7, loc="right", pad=2, color=ACCENT)
-    figure.suptitle(f"{_label(title, 60)}: filters beside their nearest twins, and Psi", fontsize=9, parse_math=False)
+    figure.suptitle(
+        f"{drawing.label(title, 60)}: filters beside their nearest twins, and Psi", fontsize=9, parse_math=False
+    )
     return figure
 
 
@@ -271,29 +277,3 @@ def _show(axes: Axes, kernel: FloatArray, channel: int) -> None:
     else:
         largest = np.abs(kernel[channel]).max() or 1.0
         axes.imshow(kernel[channel], cmap="RdBu_r", vmin=-largest, vmax=largest, interpolation="nearest")
-
-
-def _colours(result: CKRM) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(len(result.networks))]
-
-
-def _legend(figure: Figure, entries: list[tuple[str, str]]) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [Line2D([], [], color=colour, lw=2, label=_label(name, 30)) for name, colour in entries]
-    legend = figure.legend(
-        handles=handles,
-        loc="outside upper center" if figure.get_constrained_layout() else "upper center",
-        ncols=6,
-        frameon=False,
-        fontsize=7,
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-
-
-def _label(name: str, longest: int) -> str:
-    """Return a name as a figure can show it: names come from files and may hold anything."""
-    shown = name if name.isascii() and name.isprintable() else ascii(name)[1:-1]
-    shown = shown if len(shown) <= longest else f"{shown[: longest // 2]}...{shown[-longest // 2 + 3 :]}"
-    return f" {shown}" if shown.startswith("_") else shown  # matplotlib hides labels that begin with one

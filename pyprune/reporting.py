@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyprune import drawing, redundancy_plots, trial_plots
+from pyprune import drawing, redundancy_plots, trial_plots, width_plots
 from pyprune.comparing import Trial
 from pyprune.drawing import ACCENT, COLOURS, GREY, INK, new_axes
+from pyprune.searching import WidthSearch
 from pyprune.types import CKRM, ClassRanks, Compacted, Evaluation, History, LayerWhy, Plan, PruneResult, Region
 
 if TYPE_CHECKING:
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def report(result: PruneResult | CKRM | Trial, path: str | os.PathLike[str]) -> None:
+def report(result: PruneResult | CKRM | Trial | WidthSearch, path: str | os.PathLike[str]) -> None:
     """Write ``result`` as one HTML page with its pictures inside: no script, no request to anywhere.
 
     For a :class:`PruneResult` it shows, for every convolution, the heatmap of R (filters by classes, thesis figure 4.2)
     and the filters in the plane of AVG and STD with the four regions (thesis figure 4.3). For a :class:`CKRM` it shows
     lambda along depth, and how similar the filters of every layer are; for a :class:`Trial` the accuracy of every run,
-    and what the plans have in common.
+    and what the plans have in common; for a :class:`WidthSearch` every step, and both networks.
 
     Raises
     ------
@@ -39,8 +40,13 @@ def report(result: PruneResult | CKRM | Trial, path: str | os.PathLike[str]) -> 
     if isinstance(result, Trial):
         trial_plots.trial_page(result, path)
         return
+    if isinstance(result, WidthSearch):
+        width_plots.widths_page(result, path)
+        return
     if not isinstance(result, PruneResult):
-        raise TypeError(f"report: needs what pyprune.prune, ckrm or trial returned; got {type(result).__name__}.")
+        raise TypeError(
+            f"report: needs what pyprune.prune, ckrm, trial or optimize_widths returned; got {type(result).__name__}."
+        )
     drawing.write_page(
         "report", "report.html", path,
         result=result,

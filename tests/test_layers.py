@@ -16,7 +16,7 @@ BASE = {
     "drawing",  # figures and pages
     "features", "sampling", "aliases", "overlap",  # parts of ranking
     "slimfile", "slimcalls", "slimrun", "slimreading", "slimsource",  # the slim folder
-    "clustering", "redundancy_plots", "trial_plots", "resizing",  # parts of one stage each
+    "clustering", "redundancy_plots", "trial_plots", "width_plots", "resizing",  # parts of one stage each
     "criteria", "budgets", "coupling", "selection_plots",  # parts of selection
     "optimizers", "resuming", "comparing", "searching", "loggers",  # part of what compaction returns, and of long runs
     "benching",  # measures the kernels

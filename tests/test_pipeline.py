@@ -142,7 +142,7 @@ def test_bad_input_is_named_before_any_work(trained: tuple[torch.nn.Module, obje
 
 
 def test_report_wants_a_result(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"needs what pyprune.prune, ckrm or trial returned; got str"):
+    with pytest.raises(TypeError, match=r"needs what pyprune.prune, ckrm, trial or optimize_widths returned; got str"):
         pp.report("result", tmp_path / "page.html")
 
 

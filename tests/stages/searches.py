@@ -60,3 +60,22 @@ def _runs(widths: Mapping[str, int], scores: Sequence[float]) -> tuple[WidthRun,
     return tuple(
         width_run(i, widths, score, score - 0.02, failures=failures if i == 1 else ()) for i, score in enumerate(scores)
     )
+
+
+def awkward() -> dict[str, WidthSearch]:
+    """Return searches that have less than they might."""
+    one, untested = width_run(0), (width_run(0, test=None), width_run(1, validation=0.92, test=None))
+    same = WidthStep(STANDARD, {}, (one, one))
+    bare: dict[str, Any] = {"layers": LAYERS, "metric": "auc", "stopped": "the budget is spent"}
+    narrow = {"conv1": 1, "conv2": 1}
+    without_pairs = width_run(0, narrow, redundancy=redundancy({"conv1": 2, "conv2": 1}, 0))
+    return {
+        "one run": WidthSearch((WidthStep(STANDARD, {}, (one,)),), **bare),
+        "no test": WidthSearch((WidthStep(STANDARD, {}, untested), WidthStep(narrow, {}, untested)), **bare),
+        "no runs": WidthSearch((WidthStep(STANDARD, {}, (), {"0": "NaN"}, False),), **bare),
+        "no pairs": WidthSearch((WidthStep(STANDARD, {}, (one,)), WidthStep(narrow, {}, (without_pairs,))), **bare),
+        "all the same": WidthSearch((same, same), options={"tolerance": 0.1}, **bare),
+        "the standard failed": WidthSearch(
+            (WidthStep(STANDARD, {}, (), {"0": "NaN"}, False), WidthStep(narrow, {}, (without_pairs,))), **bare
+        ),
+    }  # fmt: skip

@@ -15,30 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from searches import LAYERS, STANDARD, redundancy, search, width_run
+from searches import STANDARD, awkward, redundancy, search, width_run
 
 from pyprune.comparing import anova, compare, equivalence
 from pyprune.searching import WidthRun, WidthSearch, WidthStep
 from tolerances import STATISTICS
-
-
-def awkward() -> dict[str, WidthSearch]:
-    """Return searches that have less than they might."""
-    one, untested = width_run(0), (width_run(0, test=None), width_run(1, validation=0.92, test=None))
-    same = WidthStep(STANDARD, {}, (one, one))
-    bare: dict[str, Any] = {"layers": LAYERS, "metric": "auc", "stopped": "the budget is spent"}
-    narrow = {"conv1": 1, "conv2": 1}
-    without_pairs = width_run(0, narrow, redundancy=redundancy({"conv1": 2, "conv2": 1}, 0))
-    return {
-        "one run": WidthSearch((WidthStep(STANDARD, {}, (one,)),), **bare),
-        "no test": WidthSearch((WidthStep(STANDARD, {}, untested), WidthStep(narrow, {}, untested)), **bare),
-        "no runs": WidthSearch((WidthStep(STANDARD, {}, (), {"0": "NaN"}, False),), **bare),
-        "no pairs": WidthSearch((WidthStep(STANDARD, {}, (one,)), WidthStep(narrow, {}, (without_pairs,))), **bare),
-        "all the same": WidthSearch((same, same), options={"tolerance": 0.1}, **bare),
-        "the standard failed": WidthSearch(
-            (WidthStep(STANDARD, {}, (), {"0": "NaN"}, False), WidthStep(narrow, {}, (without_pairs,))), **bare
-        ),
-    }  # fmt: skip
 
 
 @pytest.fixture(params=["whole", *awkward()])
