@@ -133,6 +133,7 @@ class Watch:
         self._probes = {} if images is None else _probes(model, images)
         self._costs = {share: min([self._timed(share) for _ in range(3)][1:]) for share in LEVELS}
         self._paces = deque([1.0], maxlen=3)
+        self._logging = deque([0.0], maxlen=3)  # seconds that the log takes, which may wait for a disk
         self._ended = perf_counter()
 
     def __call__(self, epoch: int | Mapping[str, Any]) -> dict[str, Any]:
@@ -159,28 +160,29 @@ class Watch:
         began = perf_counter()
         share = self._affordable(began - self._ended)
         if share is None:
-            least = self._costs[LEVELS[-1]] * median_low(self._paces)
+            least = self._costs[LEVELS[-1]] * median_low(self._paces) + median_low(self._logging)
             row["watch/done"] = f"skipped: {least:.2g} s is more than {self.budget:.2%} of {began - self._ended:.2g} s"
             self._write(row)
             return row
         row |= self._measured(share)
-        row |= {"watch/seconds": perf_counter() - began}
-        row |= {"watch/share": row["watch/seconds"] / max(began - self._ended, 1e-9)}
-        self._write(row)
-        self._ended = perf_counter()
-        took = self._ended - began  # with the log, which may wait for a disk
+        measured = perf_counter()
+        took = measured - began
+        row |= {"watch/seconds": took, "watch/share": took / max(began - self._ended, 1e-9)}
         self._paces.append(took / max(self._costs[share], 1e-9))
         self._costs[share] = min(self._costs[share], took)
+        self._write(row)
+        self._ended = perf_counter()
+        self._logging.append(self._ended - measured)
         return row
 
     def _affordable(self, seconds: float) -> float | None:
         """Return the largest level that fits into the budget of ``seconds``.
 
-        A level costs the least that it ever did, times how much slower the machine is now. Of the last three
-        measurements, of any level, the median says that: one that was held up changes nothing, and a machine that is
-        fast again is noticed.
+        A level costs the least that it ever did, times how much slower the machine is now, and the log's time. Of the
+        last three measurements, of any level, the median says that: one that was held up changes nothing, and a
+        machine that is fast again is noticed.
         """
-        allowed = self.budget * seconds / median_low(self._paces)
+        allowed = (self.budget * seconds - median_low(self._logging)) / median_low(self._paces)
         return next((one for one in LEVELS if self._costs[one] <= allowed), None)
 
     def _timed(self, share: float) -> float:

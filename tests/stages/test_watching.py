@@ -271,6 +271,19 @@ def test_one_hiccup_changes_nothing_and_a_slow_machine_lowers_the_level_until_it
     assert [share == 1 for share in pairs] == [True, True, True, False, False, False, False, True, True]
 
 
+def test_the_time_of_the_log_counts(monkeypatch):
+    clock = Clock(monkeypatch)
+
+    def slow(row):
+        clock.now += 0.5
+
+    one = watch(budget=0.02, log=slow)
+    pairs = [clock.after(one, epoch, 60)["watch/pairs"] for epoch in range(4)]
+    assert [share == 1 for share in pairs] == [True, True, False, False]  # 1 s of 1.2 s is left, then 0.7 s
+    clock.cost = 1.0
+    assert clock.after(one, 5, 80)["watch/pairs"] == 1
+
+
 @pytest.mark.parametrize("share", LEVELS)
 def test_fewer_pairs_are_those_among_some_filters(share):
     """Equal to ckrm of a network that has those filters alone, each group by itself."""
