@@ -79,7 +79,7 @@ class WidthRun:
         """Return what :meth:`to_json` gave; ``ValueError`` naming ``where`` if it cannot be that."""
         try:
             return cls(
-                _whole(content, "seed"), _counts(content, "widths"), _whole(content, "parameters"),
+                _whole(content, "seed", signed=True), _counts(content, "widths"), _whole(content, "parameters"),
                 _scores(content, "validation"), _scores(content, "test"), _counts(content, "distinct"),
                 CKRM.from_json(content["redundancy"], where), _number(content, "seconds"), _texts(content, "failures"),
             )  # fmt: skip
@@ -339,9 +339,10 @@ def _unsound(search: WidthSearch) -> str:
         return "the redundancy of a run must be that of one network"
     if any(len({tuple(run.redundancy.layers()) for run in step.runs}) > 1 for step in search.steps):
         return "the runs of a step must have the same layers"
-    tolerance = search.options.get("tolerance", 0)
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
-        return f"the tolerance must be a number of at least 0; got {str(tolerance)[:40]}"
+    for name in ("tolerance", "target"):
+        value = search.options.get(name, 0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            return f"the {name} must be a number of at least 0; got {str(value)[:40]}"
     return ""
 
 
@@ -360,9 +361,9 @@ def _garbled(name: str, value: object) -> str:
     return f"{name!r} ({str(value)[:40]})"
 
 
-def _whole(content: Mapping[str, Any], name: str) -> int:
+def _whole(content: Mapping[str, Any], name: str, signed: bool = False) -> int:
     value = content[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int) or (value < 0 and not signed):
         raise TypeError(_garbled(name, value))
     return value
 

@@ -146,27 +146,36 @@ def _share(search: WidthSearch, step: WidthStep) -> str:
 
 
 def steps_figure(search: WidthSearch) -> Figure:
-    """Draw width, lambda and the deciding score step by step; grey steps do not hold, and the chosen one is named."""
+    """Draw width, lambda and the deciding score step by step; grey steps do not hold, and the chosen one is named.
+
+    A width is redundant where its lambda is above the dotted line of its colour: random kernels, and the target.
+    """
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator
+
     names, steps = list(search.standard.widths), search.steps
-    hues = _hues(len(names))
+    hues, target = _hues(len(names)), float(search.options.get("target", 0))
     figure, panels = drawing.new_grid(3, 1, min(5.0 + 0.35 * len(steps), 12), 6.6, sharex=True)
     widths, lambdas, scores = panels
     for i, (name, hue) in enumerate(zip(names, hues, strict=True)):
-        drawn = {
-            widths: [float(step.widths[name]) for step in steps],
-            lambdas: [search.redundancy(step, name) for step in steps],
-        }
-        for axes, values in drawn.items():
-            aside = _aside(figure, 0.9 * ((len(names) - 1) / 2 - i) if len(names) <= len(COLOURS) else 0.0)
-            axes.plot(values, "-o", color=hue, ms=3, lw=1.2, clip_on=False, transform=axes.transData + aside)
-            axes.update_datalim([(at, value) for at, value in enumerate(values) if math.isfinite(value)] or [(0, 1)])
-    widths.set_yscale("log", base=2)
+        found = [search.redundancy(step, name) for step in steps]
+        limit = [value - search.excess(step, name) + target for value, step in zip(found, steps, strict=True)]
+        aside = 0.9 * ((len(names) - 1) / 2 - i) if len(names) <= len(COLOURS) else 0.0
+        _plot_aside(widths, [step.widths[name] for step in steps], aside, "-o", color=hue, ms=3, lw=1.2)
+        _plot_aside(lambdas, found, aside, "-o", color=hue, ms=3, lw=1.2)
+        _plot_aside(lambdas, limit, aside, ":_", color=hue, ms=5, lw=0.8)
+    every = [width for step in steps for width in step.widths.values()]
+    widths.set_yscale("log", base=2, subs=[])
+    if max(every) < 16 * min(every):  # few powers of two: name what lies between as well
+        widths.yaxis.set_major_locator(LogLocator(2, subs=(1, 1.5)))
     widths.yaxis.set_major_formatter("{x:g}")
     widths.set_ylabel("filters")
     threshold = search.options.get("threshold")
     lambdas.set_ylabel("lambda" if threshold is None else f"lambda, Psi > {threshold}", parse_math=False)
     lambdas.set_ylim(bottom=0)
-    _line(lambdas, search.options.get("target"), "target")
+    told = f"random kernels + {target:g}" if target else "random kernels"
+    handles = [Line2D([], [], color=GREY, ls="-", label="lambda"), Line2D([], [], color=GREY, ls=":", label=told)]
+    _quiet_legend(lambdas, handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7)
     _draw_scores(scores, search)
     _mark_steps(panels, search)
     _name_widths(widths, names, hues)
@@ -174,11 +183,14 @@ def steps_figure(search: WidthSearch) -> Figure:
     return figure
 
 
-def _aside(figure: Figure, points: float) -> Any:
-    """Return a shift upwards: lines with the same values lie beside one another."""
+def _plot_aside(axes: Axes, values: Sequence[float], points: float, style: str, **more: Any) -> None:
+    """Draw a line moved upwards by some points, so that those with the same values lie beside one another."""
     from matplotlib.transforms import ScaledTranslation
 
-    return ScaledTranslation(0, points / 72, figure.dpi_scale_trans)
+    figure: Any = axes.figure
+    moved = axes.transData + ScaledTranslation(0, points / 72, figure.dpi_scale_trans)
+    axes.plot(values, style, clip_on=False, transform=moved, **more)
+    axes.update_datalim([(at, value) for at, value in enumerate(values) if math.isfinite(value)] or [(0, 1)])
 
 
 def _hues(count: int) -> list[Any]:
@@ -188,13 +200,6 @@ def _hues(count: int) -> list[Any]:
     from matplotlib import colormaps
 
     return [colormaps["viridis"](0.95 * i / (count - 1)) for i in range(count)]
-
-
-def _line(axes: Axes, value: Any, name: str) -> None:
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        axes.axhline(value, color=GREY, lw=0.8, ls="--")
-        axes.annotate(name, (1, value), (2, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-                      color=GREY, fontsize=7, va="center")  # fmt: skip
 
 
 def _draw_scores(axes: Axes, search: WidthSearch) -> None:
@@ -215,6 +220,8 @@ def _draw_scores(axes: Axes, search: WidthSearch) -> None:
     if search.standard.runs and search.tolerance:
         mean = float(search.standard.validation(metric).mean())
         axes.axhspan(mean - search.tolerance, mean, color=ACCENT, alpha=0.1, lw=0, label="tolerance")
+    if not any(step.runs for step in steps):
+        axes.set_yticks([])
     axes.set_ylabel(drawing.label(metric, 24), parse_math=False)
     axes.set_xlabel("step; grey ones do not hold")
     _quiet_legend(axes, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7)

@@ -134,6 +134,7 @@ def test_only_scores_that_every_run_has_are_compared() -> None:
         ({"options": {"tolerance": -1}}, "the tolerance must be a number of at least 0; got -1"),
         ({"options": {"tolerance": "0.1"}}, "the tolerance must be a number of at least 0; got 0.1"),
         ({"options": {"tolerance": True}}, "the tolerance must be a number"),
+        ({"options": {"target": [0.1]}}, "the target must be a number"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -177,7 +178,7 @@ def test_every_field_that_lacks_or_is_of_another_kind_is_refused(tmp_path: Path)
             old = parent[place[-1]]
             if type(old) is type(garbage) or {type(old), type(garbage)} == {int, float}:
                 continue  # what is of the right kind may be another search
-            if type(old) is float and type(garbage) is int:
+            if garbage == -1 and (type(old) is float or place[-1] == "seed"):
                 continue
             parent[place[-1]] = garbage
             refused(tmp_path, content, f"{place} = {garbage!r}")

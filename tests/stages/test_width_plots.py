@@ -29,13 +29,16 @@ def texts(axes) -> list[str]:
 def test_width_lambda_and_scores_by_step(result: WidthSearch) -> None:
     figure = steps_figure(result)
     widths, lambdas, scores = figure.axes
-    assert [line.get_ydata().tolist() for line in widths.lines[:2]] == [[8, 4, 2, 3], [12, 6, 3, 6]]
+    assert [list(line.get_ydata()) for line in widths.lines[:2]] == [[8, 4, 2, 3], [12, 6, 3, 6]]
     assert (widths.get_yscale(), lambdas.get_yscale()) == ("log", "linear")
-    drawn = lambdas.lines[1].get_ydata()
-    assert drawn[:3].tolist() == [result.redundancy(step, "conv2") for step in result.steps[:3]]
+    drawn, limit = (list(line.get_ydata()) for line in lambdas.lines[2:4])
+    assert drawn[:3] == [result.redundancy(step, "conv2") for step in result.steps[:3]]
     assert np.isnan(drawn[3]), "a step without runs has no lambda"
-    assert lambdas.lines[2].get_ydata() == [0.01, 0.01], "the target"
-    assert texts(lambdas) == ["target"]
+    for step, value, bound in zip(result.steps[:3], drawn, limit, strict=False):
+        assert bound == pytest.approx(value - result.excess(step, "conv2") + 0.01)
+    first = lambdas.lines[1].get_ydata()[0]
+    assert first == pytest.approx(result.by_layer(result.standard, "conv1")["conv1"][1] + 0.01)
+    assert [one.get_text() for one in lambdas.get_legend().get_texts()] == ["lambda", "random kernels + 0.01"]
     means = {line.get_label(): list(line.get_ydata()) for line in scores.lines}
     assert means["validation auc"] == [one.validation("auc").mean() for one in result.steps[:3]]
     assert means["test auc"] == [one.test("auc").mean() for one in result.steps[:3]]
