@@ -209,11 +209,8 @@ def _filters(plans: Mapping[str, Plan]) -> dict[str, int]:
     """Return how many filters each layer has, from the plans that know, after checking that they agree."""
     found: dict[str, tuple[int, str]] = {}
     for label, plan in plans.items():
-        counts = {**{name: len(why) for name, why in plan.why.items()}, **plan.filters}
-        for name in plan.keep:
-            count = counts.get(name)
-            if count is None:
-                continue
+        said = [*plan.filters.items(), *((name, len(why)) for name, why in plan.why.items())]
+        for name, count in said:
             known, who = found.setdefault(name, (count, label))
             if known != count:
                 raise ValueError(

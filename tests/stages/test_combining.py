@@ -198,6 +198,7 @@ def test_options_carry_what_was_joined_and_files_bring_it_back(tmp_path):
         ([plan(a=[0]), plan(b=[0])], {}, ValueError, "no layer in common; theirs begin with 'a', 'b'"),
         ([plan("x", a=[0]), plan("y", {"a": 8}, a=[0])], {}, ValueError, "'a' has 7 filters .* 'x' and 8 .* 'y'"),
         ([scored("x", [0], [1.0] * 3), plan("y", a=[0])], {}, ValueError, "'a' has 3 filters .* 'x' and 7"),
+        ([replace(scored("x", [0], [1.0] * 3), filters={"a": 4})] * 2, {}, ValueError, "'a' has 4 filters .* and 3 in"),
         ([plan("x", {}, a=[7]), plan("y", a=[0])], {}, ValueError, "'a' has 7 .* 'y'; that by 'x' keeps filter 7"),
     ],
 )
