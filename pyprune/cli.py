@@ -350,6 +350,109 @@ def trial(
 
 
 @app.command()
+def widths(
+    arch: Arch = None,
+    model: Annotated[
+        str | None, typer.Option(help="A network of your own instead: package.module:build, which is given the widths.")
+    ] = None,
+    width: Annotated[
+        list[str] | None, typer.Option("--width", help="A width to start from, as layer1=64; repeatable.")
+    ] = None,
+    per: Annotated[str, typer.Option(help="For --arch: one width for each stage, or each layer.")] = "stage",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="An option of the architecture, as conv_bias=true; repeatable.")
+    ] = None,
+    coupled: Annotated[list[str] | None, typer.Option(help="Widths that must stay equal, as a,b; repeatable.")] = None,
+    data: Data = "digits",
+    size: Size = None,
+    normalise: Normalise = None,
+    channels: Channels = None,
+    images: Images = None,
+    augment: Augment = None,
+    batch: Annotated[int, typer.Option(help="Images of a batch.", min=1)] = 128,
+    out: Annotated[Path, typer.Option(help="Folder for the results; a search that was stopped goes on there.")] = Path(
+        "width-results"
+    ),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over in a folder that holds a search.")] = False,
+    runs: Annotated[int, typer.Option(help="Networks that are trained at each set of widths.")] = 3,
+    budget: Annotated[int, typer.Option(help="Trainings in all.")] = 12,
+    threshold: Annotated[float, typer.Option(help="Filters with Psi above it are alike.")] = 0.6,
+    target: Annotated[float, typer.Option(help="How far lambda may lie above that of random kernels.")] = 0.01,
+    tolerance: Annotated[float, typer.Option(help="How far the validation score may fall.")] = 0.01,
+    metric: Annotated[str | None, typer.Option(help="Validation score that decides: auc, or top1.")] = None,
+    silent: Annotated[
+        str, typer.Option(help="Widths about which lambda says nothing: narrow under the tolerance, or keep.")
+    ] = "narrow",
+    shrink: Annotated[float, typer.Option(help="Smallest share of a width that stays in a step.")] = 0.5,
+    smallest: Annotated[int, typer.Option(help="No width goes below it.")] = 4,
+    round_to: Annotated[int, typer.Option(help="Widths are multiples of it.")] = 1,
+    epochs: Annotated[int, typer.Option(help="Epochs of each training.", min=1)] = 30,
+    lr: Annotated[float, typer.Option(help="Learning rate of training.")] = 0.01,
+    stop_after: Annotated[
+        int | None, typer.Option(help="End a training after so many epochs without a better one.", min=1)
+    ] = None,
+    device: Device = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Narrow a network where its kernels are redundant: train, measure, narrow, train again, while it does as well."""
+    from functools import partial
+
+    import torch
+
+    from pyprune import widths as searches
+    from pyprune.data import loader, open_data
+    from pyprune.finetuning import finetune
+    from pyprune.measure import evaluate
+
+    _check_choice(arch, model)
+    start = _standard_widths(arch, model, per, width)
+    splits = open_data(
+        data, seed=seed, size=size, normalise=normalise, channels=channels, images=images, augment=augment
+    )
+    options = _pairs("--set", settings) or {}
+
+    def build(chosen: dict[str, int]) -> nn.Module:
+        if model is not None:
+            network = _own_network(model, chosen)
+        else:
+            network = _build(arch, None, len(splits.classes), in_channels=splits.channels, widths=chosen, **options)
+        return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]  # faster
+
+    scored = partial(evaluate, num_classes=len(splits.classes), device=device, progress=False)
+    found = searches.optimize_widths(
+        build,
+        partial(
+            finetune, train=loader(splits.train, shuffle=True, seed=seed, augment=splits.augment, batch_size=batch),
+            val=loader(splits.val), epochs=epochs, lr=lr, patience=stop_after, device=device,
+        ),
+        lambda network: scored(network, loader(splits.val)),
+        widths=start, threshold=threshold, target=target, tolerance=tolerance, runs=runs, budget=budget,
+        coupled=[names.split(",") for names in coupled or ()], silent=silent, shrink=shrink, smallest=smallest,  # type: ignore[arg-type]
+        round_to=round_to, metric=metric, test=lambda network: scored(network, loader(splits.test)), seed=seed,
+        folder=out, fresh=fresh, about={
+            "arch": arch, "model": model, "options": options, "data": data, "size": size, "normalise": normalise,
+            "channels": channels, "images": images, "augment": augment, "batch": batch, "epochs": epochs, "lr": lr,
+            "stop_after": stop_after,
+        },
+    )  # fmt: skip
+    written = f"written: {out / 'search.json'}, {out / 'report.html'}"
+    _print_json(found.to_json()) if as_json else typer.echo(f"{found}\n{written}")
+
+
+def _standard_widths(arch: str | None, model: str | None, per: str, given: list[str] | None) -> dict[str, int]:
+    """Return the widths to start from: those of the architecture, unless others are given."""
+    from pyprune.models.standard import standard_widths
+
+    named = _pairs("--width", given) or {}
+    if arch is not None:
+        return {**standard_widths(arch, per), **named}
+    if not named:
+        raise ValueError("widths: --model needs the widths to start from, as --width a=64 --width b=128.")
+    return named
+
+
+@app.command()
 def finetune(
     weights: Weights,
     arch: Arch = None,
@@ -632,7 +735,7 @@ def _check_choice(arch: str | None, model: str | None) -> None:
         raise ValueError(f"--arch: there is no {arch!r}. {hint}")
 
 
-def _own_network(name: str) -> nn.Module:
+def _own_network(name: str, *given: Any) -> nn.Module:
     """Call the factory that ``package.module:factory`` names; modules in the current folder are found too."""
     import importlib
 
@@ -648,7 +751,7 @@ def _own_network(name: str) -> nn.Module:
         sys.path.remove("")
     if not callable(build):
         raise ValueError(f"--model: {name} must be callable; it is {type(build).__name__}.")
-    network = build()
+    network = build(*given)
     if not isinstance(network, nn.Module):
         raise ValueError(f"--model: {name} must return a torch.nn.Module; it returned {type(network).__name__}.")
     return network

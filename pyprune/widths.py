@@ -86,6 +86,7 @@ def optimize_widths(
     seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
     fresh: bool = False,
+    about: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> WidthSearch:
     """Make a network narrower where its kernels are redundant, while it does as well (CKRM paper, section 3.3).
@@ -154,6 +155,9 @@ def optimize_widths(
         ``report.html`` shows it.
     fresh
         Whether to start over in a folder that holds a search.
+    about
+        What else the results depend on, such as data and epochs, as plain JSON values; kept in the result, and
+        ``folder`` is refused if it holds a search with others.
     progress
         Whether to show a progress bar.
 
@@ -197,7 +201,7 @@ def optimize_widths(
         layers = _responding(build, dict(widths), units, rules)
     settings = {
         "widths": dict(widths), "coupled": sorted(map(list, units)), "metric": metric, "test": test is not None,
-        **{name: value for name, value in vars(rules).items() if name != "budget"},
+        **{name: value for name, value in vars(rules).items() if name != "budget"}, **(about or {}),
     }  # fmt: skip
     run = Run("optimize_widths", folder, settings, fresh, _OWNED)
     trainer = _Trainer(build, train, evaluate, test, metric, rules, run)
