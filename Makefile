@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo-results
 
-.PHONY: help install demo test slow sweep fuzz sanitize check lint format wheel smoke bench clean
+.PHONY: help install demo test slow sweep fuzz sanitize check lint format wheel smoke bench widths xrays clean
 
 help:  ## Show these targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/' | expand -t 10
@@ -80,6 +80,14 @@ RESNET56 = --arch resnet56 --weights $(PYPRUNE_DATA)/cifar10_resnet56_jpegadapte
 resnet56: install  ## The same for ResNet-56, and HRank at CRank's rates
 	$(REAL) $(RESNET56) --out runs/resnet56-crank
 	$(REAL) $(RESNET56) --method hrank --rates runs/resnet56-crank/plan.json --out runs/resnet56-hrank
+
+widths: install  ## Narrow a network on real digits by the redundancy of its kernels, and leave the results in width-results/
+	$(BIN)/pyprune widths --arch vgg_digits --epochs 8 --lr 0.05 --out width-results
+
+XRAYS = npz:$(PYPRUNE_DATA)/cxr_pneumonia_224_jpegbytes.npz
+xrays: install  ## The same for ResNet-50 on 1,200 chest X-rays of 64x64 (PYPRUNE_DATA): an hour or less, goes on after a stop
+	$(BIN)/pyprune widths --arch resnet50 --set conv_bias=true --data $(XRAYS) --size 64 --channels 1 --images 1200 \
+	  --batch 32 --epochs 15 --lr 0.01 --runs 3 --budget 12 --tolerance 0.02 --shrink 0.35 --out runs/xrays
 
 clean:  ## Remove what was built
 	rm -rf build dist $(VENV) $(DEMO)

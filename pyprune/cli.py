@@ -406,6 +406,8 @@ def widths(
     from pyprune.measure import evaluate
 
     _check_choice(arch, model)
+    if metric not in (None, "auc", "top1"):
+        raise ValueError(f"--metric: must be auc or top1; got {metric!r}.")
     start = _standard_widths(arch, model, per, width)
     splits = open_data(
         data, seed=seed, size=size, normalise=normalise, channels=channels, images=images, augment=augment

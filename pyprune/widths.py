@@ -23,6 +23,7 @@ from pyprune.convolutions import read_networks
 from pyprune.finetuning import Diverged
 from pyprune.progress import bar
 from pyprune.redundancy import ckrm, distinct_filters
+from pyprune.reporting import report
 from pyprune.resuming import Run
 from pyprune.searching import WidthRun, WidthSearch, WidthStep
 from pyprune.types import Evaluation, History
@@ -227,6 +228,7 @@ def optimize_widths(
     result = search(decided)
     if run.folder is not None:
         result.save(run.folder / "search.json")
+        report(result, run.folder / "report.html")
     return result
 
 
