@@ -25,7 +25,9 @@ SHOWN_KERNELS = 18
 SHOWN_LAYERS = 180
 """Layers in a figure: more would be neither drawn nor read in reasonable time."""
 
-_COARSE = 2  # of the fine bins make one bar
+_COARSE = 2  # of the fine bins make one bar,
+_COARSER = 5  # or so many where the pairs are few, or a run would be a comb
+_FEW = 200
 _COLUMNS = 6
 
 
@@ -151,13 +153,14 @@ def _names(result: CKRM) -> list[str]:
 
 def draw_omega(axes: Axes, networks: Sequence[LayerRedundancy | None], thresholds: Sequence[float]) -> None:
     """Draw how Psi is distributed in one layer of several networks, over one another and over random kernels."""
-    edges = np.linspace(0, 1, BINS // _COARSE + 1)
+    coarse = _COARSER if max((layer.pairs for layer in networks if layer is not None), default=0) < _FEW else _COARSE
+    edges = np.linspace(0, 1, BINS // coarse + 1)
     null = next((layer.random for layer in networks if layer is not None and layer.random is not None), None)
     if null is not None:
-        axes.stairs(_shares(null.histogram), edges, fill=True, color=LIGHT)
+        axes.stairs(_shares(null.histogram, coarse), edges, fill=True, color=LIGHT)
     for layer, colour in zip(networks, drawing.colours(len(networks)), strict=True):
         if layer is not None and layer.pairs:
-            axes.stairs(_shares(layer.histogram), edges, color=colour, lw=1)
+            axes.stairs(_shares(layer.histogram, coarse), edges, color=colour, lw=1)
     for t in thresholds:
         axes.axvline(t, color=GREY, lw=0.7, ls="--")
     axes.set(xlim=(0, 1), xticks=(0, 0.5, 1))
@@ -165,9 +168,9 @@ def draw_omega(axes: Axes, networks: Sequence[LayerRedundancy | None], threshold
     axes.locator_params(axis="y", nbins=3)
 
 
-def _shares(histogram: IntArray) -> FloatArray:
-    coarse = histogram.reshape(-1, _COARSE).sum(axis=1)
-    shares: FloatArray = coarse / max(int(coarse.sum()), 1)
+def _shares(histogram: IntArray, coarse: int) -> FloatArray:
+    bars = histogram.reshape(-1, coarse).sum(axis=1)
+    shares: FloatArray = bars / max(int(bars.sum()), 1)
     return shares
 
 

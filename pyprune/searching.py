@@ -18,6 +18,8 @@ from pyprune import files
 from pyprune.comparing import Anova, Comparison, Equivalence, anova, compare, deviation, equivalence
 from pyprune.types import CKRM, FloatArray
 
+_MANY = 1 << 63  # what no count or seed reaches
+
 
 @dataclass(frozen=True, eq=False)
 class WidthRun:
@@ -363,7 +365,7 @@ def _garbled(name: str, value: object) -> str:
 
 def _whole(content: Mapping[str, Any], name: str, signed: bool = False) -> int:
     value = content[name]
-    if isinstance(value, bool) or not isinstance(value, int) or (value < 0 and not signed):
+    if isinstance(value, bool) or not isinstance(value, int) or not (-_MANY if signed else 0) <= value < _MANY:
         raise TypeError(_garbled(name, value))
     return value
 

@@ -27,6 +27,7 @@ NAMED_WIDTHS = 12
 """Lines that are named beside a figure; of more, so many along the depth."""
 
 _CELLS = 3  # layers in a row of the figure of both networks
+_SCORES = 4  # in a row
 _NAMED_RUNS = 3  # whose lambdas fit above a panel
 _ABOVE: Any = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": 6.5, "parse_math": False}
 
@@ -383,8 +384,12 @@ def scores_figure(search: WidthSearch) -> Figure:
     if search.narrow is search.standard:
         del both["narrow"]
     kind = "test" if search.tests else "validation"
-    figure, panels = drawing.new_grid(1, len(search.scores), max(2.5 * len(search.scores), 2.8), 3.1)
-    for axes, score in zip(panels, search.scores, strict=True):
+    columns = min(len(search.scores), _SCORES)
+    rows = -(-len(search.scores) // columns)
+    figure, panels = drawing.new_grid(rows, columns, max(2.5 * columns, 2.8), 3.1 * rows)
+    for axes in panels[len(search.scores) :]:
+        axes.axis("off")
+    for axes, score in zip(panels, search.scores, strict=False):
         for place, step in enumerate(both.values()):
             values = _sample(search, step, score)
             spread = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else np.zeros(1)
