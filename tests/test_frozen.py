@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import pyprune as pp
+from pyprune.searching import WidthSearch
 from tolerances import FROZEN_LOGITS
 
 V1 = Path(__file__).parent / "frozen" / "v1"
@@ -31,6 +32,18 @@ def test_redundancy_of_version_1() -> None:
     assert layer.random is not None
     assert layer.random.mean == 0.4136885670160386
     assert result.left_out["run 0"] == {"point": "1x1 kernels have no structure"}
+
+
+def test_width_search_of_version_1() -> None:
+    search = WidthSearch.load(V1 / "width_search.json")
+    assert (search.metric, search.stopped) == ("auc", "the budget of 12 trainings is spent")
+    standard, narrow = search.steps
+    assert (standard.widths, narrow.widths) == ({"conv1": 8, "conv2": 12}, {"conv1": 4, "conv2": 3})
+    assert [run.validation["auc"] for run in standard.runs] == [0.9, 0.91]
+    assert standard.runs[1].failures == ("the loss was NaN",)
+    assert narrow.given_up == {"1": "the loss was NaN, and again"}
+    assert (narrow.holds, search.trainings, search.tests) == (False, 6, ("auc", "accuracy"))
+    assert [search.redundancy(step, "conv1") for step in search.steps] == pytest.approx([1 / 14, 1 / 6])
 
 
 def test_slim_folder_of_version_1() -> None:
