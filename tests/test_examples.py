@@ -23,6 +23,25 @@ def test_the_example_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_an_attention_loss_moves_where_standard_and_narrow_networks_look(tmp_path: Path) -> None:
+    script = ROOT / "examples" / "ggcam.py"
+    command = [sys.executable, "-W", "error", script, "--out", tmp_path]
+    table = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    for network in ("standard", "narrow"):
+        rows = dict(re.findall(rf"^{network} +[\d,]+  (\w.*?)  +(.*)$", table, re.MULTILINE))
+        assert list(rows) == ["untrained", "cross-entropy", "with attention"]
+        found = {loss: [float(number.rstrip("%")) for number in row.split()] for loss, row in rows.items()}
+        before, plain, attentive = found.values()
+        assert before[0] < plain[0] < attentive[0] - 0.05  # agreement of activation and attention
+        assert plain[1] < attentive[1] - 3  # percent of the activation on the digit
+        assert plain[2] < attentive[2]  # right where the mark misleads
+    assert (tmp_path / "ggcam.png").stat().st_size > 10_000
+
+
+OTHERS = sorted(path for path in (ROOT / "examples").glob("*.py") if path.stem != "ggcam")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", OTHERS, ids=lambda path: path.stem)
 def test_examples_run(script: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-W", "error", script], cwd=tmp_path, check=True, capture_output=True)
