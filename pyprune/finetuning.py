@@ -28,6 +28,7 @@ from pyprune.types import Epoch, History
 FORMAT = "pyprune.training"
 VERSION = 1
 
+CHOSEN_BY = {"top1": "validation top-1, then loss", "auc": "validation AUC, then loss"}
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = {"auto": None, "off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -76,6 +77,7 @@ def finetune(
     loss: Loss | None = None,
     objective: Objective | None = None,
     patience: int | None = None,
+    choose: Literal["top1", "auc"] = "top1",
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto",
     device: str | torch.device | None = None,
     seed: int = 0,
@@ -99,8 +101,8 @@ def finetune(
     train
         Yields (images, labels) with labels [N] in [0, C); more than once.
     val
-        The same, for choosing the epoch: highest top-1, then lowest loss, then the earliest. Never pass test data
-        here. Without it the last epoch is kept, and ``History.options["chosen_by"]`` says so.
+        The same, for choosing the epoch: highest top-1 (or AUC), then lowest loss, then the earliest. Never pass test
+        data here. Without it the last epoch is kept, and ``History.options["chosen_by"]`` says so.
     masks
         What :func:`pyprune.mask_` returned for this model; reapplied after each optimizer step.
     epochs
@@ -122,6 +124,9 @@ def finetune(
     patience
         Stop after so many epochs without a better one on ``val``; the schedule is still that of all ``epochs``, and
         ``History.stopped`` says what happened.
+    choose
+        What makes an epoch the best on ``val``: ``"top1"``, or ``"auc"``, the mean one-against-rest AUC, where classes
+        are unbalanced; every class then needs an image in ``val``.
     amp
         Mixed precision: ``"auto"`` is bfloat16 on a GPU that computes in it, float16 with loss scaling on an older
         one, and off on a CPU.
@@ -133,8 +138,8 @@ def finetune(
         A file that holds the run after each epoch. If it is there, the run is continued from it; it must come
         from the same settings, masks and starting weights.
     log
-        Receives a row per epoch (epoch, lr, train_loss, val_loss, val_top1, seconds): a path for JSON lines, any
-        callable, an object with ``.log_metrics``, ``.add_scalar`` or ``.log``, a :class:`pyprune.Watch`, or a list.
+        Receives a row per epoch (epoch, lr, train_loss, val_loss, val_top1, val_auc, seconds): a path for JSON lines,
+        any callable, an object with ``.log_metrics``, ``.add_scalar`` or ``.log``, a :class:`pyprune.Watch`, or a list.
     progress
         Whether a progress bar is shown on a terminal.
 
@@ -166,11 +171,15 @@ def finetune(
         "epochs": epochs, "steps": steps, "lr": lr, "momentum": momentum, "weight_decay": weight_decay,
         "schedule": schedule,
         "loss": _name(objective or loss or F.cross_entropy), "amp": amp, "patience": patience,
-        "seed": seed, "chosen_by": "last epoch, no validation data" if val is None else "validation top-1, then loss",
+        "seed": seed, "chosen_by": "last epoch, no validation data" if val is None else CHOSEN_BY.get(choose, choose),
     }  # fmt: skip
     _check_options(options)
     if loss is not None and objective is not None:
         raise ValueError("finetune: needs loss or objective; got both. Put what loss computes into the objective.")
+    if choose not in CHOSEN_BY:
+        raise ValueError(f"finetune: choose must be one of {', '.join(CHOSEN_BY)}; got {choose!r}.")
+    if choose == "auc" and val is None:
+        raise ValueError("finetune: choose='auc' needs val, on which the AUC is measured; got none. Pass val.")
     if patience is not None and val is None:
         raise ValueError(f"finetune: patience={patience} needs val, on which an epoch is better; got none. Pass val.")
     for name, loader in (("train", train), ("val", val)):
@@ -313,10 +322,8 @@ class _Run:
         """Train one epoch, validate, and remember the weights if they are the best."""
         began = time.perf_counter()
         lr, train_loss = self._pass(epoch, advance)
-        val_loss = val_top1 = None
-        if val is not None:
-            val_loss, val_top1 = self._validate(epoch, val)
-        self.history.append(Epoch(epoch, lr, train_loss, val_loss, val_top1, time.perf_counter() - began))
+        val_loss, val_top1, val_auc = (None, None, None) if val is None else self._validate(epoch, val)
+        self.history.append(Epoch(epoch, lr, train_loss, val_loss, val_top1, time.perf_counter() - began, val_auc))
         advance(0, note=_note(self.history[-1]))
         if val is None or _goodness(self.history[-1]) > max(map(_goodness, self.history[:-1]), default=(-1.0, 0.0)):
             self.best = _Best(epoch, self._copy())
@@ -329,13 +336,18 @@ class _Run:
             return ""
         return f"after epoch {epochs} of {self.options['epochs']}: none was better than {self.best.epoch} on val"
 
-    def _validate(self, epoch: int, val: Iterable[Any]) -> tuple[float, float]:
-        """Return loss and top-1 on ``val``, of which an objective may need more than images and labels."""
+    def _validate(self, epoch: int, val: Iterable[Any]) -> tuple[float, float, float | None]:
+        """Return loss, top-1 and, where it chooses, AUC on ``val``, which may yield more than images and labels."""
         pairs = val if self.objective is None else map(_pair, val)
         try:
-            return measure.loss_and_top1("finetune", self.model, pairs)
+            if self.options["chosen_by"] != CHOSEN_BY["auc"]:
+                return *measure.loss_and_top1("finetune", self.model, pairs), None
+            found = measure.evaluate(self.model, pairs, progress=False)
         except measure.NotFinite as error:
             raise Diverged(f"{error} That was on val after epoch {epoch}. {self._advice()}", epoch) from None
+        if found.auc is None:
+            raise ValueError("finetune: choose='auc' needs an image of every class in val; one has none.")
+        return found.loss, found.top1, found.auc
 
     def _pass(self, epoch: int, advance: Callable[..., None]) -> tuple[float, float]:
         """Run over the training data once; return the first learning rate and the mean loss of an image."""
@@ -505,7 +517,7 @@ def _check_value(value: Any) -> torch.Tensor:
 
 
 def _goodness(epoch: Epoch) -> tuple[float, float]:
-    return (epoch.val_top1 or 0.0, -(epoch.val_loss or 0.0))
+    return (epoch.val_top1 or 0.0 if epoch.val_auc is None else epoch.val_auc, -(epoch.val_loss or 0.0))
 
 
 def _note(epoch: Epoch) -> str:

@@ -302,7 +302,8 @@ def _indices(name: str, indices: Any, count: int | None) -> IntArray:
 class Epoch:
     """One epoch of training, counted from 1: first learning rate, mean training loss of an image, validation if any.
 
-    ``val_loss`` is the mean cross-entropy and ``val_top1`` lies in [0, 1].
+    ``val_loss`` is the mean cross-entropy and ``val_top1`` lies in [0, 1]; ``val_auc``, the mean one-against-rest area
+    under the ROC curve, is there where it chooses the epoch.
     """
 
     epoch: int
@@ -311,6 +312,7 @@ class Epoch:
     val_loss: float | None
     val_top1: float | None
     seconds: float
+    val_auc: float | None = None
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from pyprune import data, files, finetuning, models
 from pyprune.compaction import compact
 from pyprune.finetuning import Diverged, finetune
 from pyprune.masks import mask_
+from pyprune.measure import evaluate
 from pyprune.types import History, Plan
 from tolerances import TRAINED_FLOAT64
 
@@ -77,7 +78,8 @@ def test_training_learns_and_reports_it():
     assert [epoch.epoch for epoch in history.epochs] == list(range(1, 9)) == [row["epoch"] for row in rows]
     assert history.epochs[-1].train_loss < 0.6 * history.epochs[0].train_loss
     assert max(epoch.val_top1 for epoch in history.epochs) > 0.8
-    assert set(rows[0]) == {"epoch", "lr", "train_loss", "val_loss", "val_top1", "seconds"}
+    assert set(rows[0]) == {"epoch", "lr", "train_loss", "val_loss", "val_top1", "val_auc", "seconds"}
+    assert rows[0]["val_auc"] is None  # it chooses nothing here
     assert history.options["lr"] == 0.05
 
 
@@ -196,6 +198,39 @@ def test_without_validation_the_last_epoch_stays_and_the_history_says_so():
     longer = net()
     finetune(longer, loaders()[0], **quiet(schedule="constant"))
     assert not same(weights(model), weights(longer))
+
+
+@pytest.mark.parametrize("choose", ["top1", "auc"])
+def test_the_epoch_may_be_chosen_by_auc(choose):
+    """The chosen epoch is the best by the measure that was asked for, and its weights are those that stay."""
+    images, labels = Blobs(180, seed=3).tensors
+    few = torch.where((labels == 1) & (torch.arange(180) % 9 == 1), 1, 0)
+    loader = DataLoader(TensorDataset(images, few), 60)
+    model = net()
+    model[7] = nn.Linear(16, 2)
+    history = finetune(model, loader, loader, choose=choose, **quiet(epochs=6))
+    wanted = [epoch.val_top1 if choose == "top1" else epoch.val_auc for epoch in history.epochs]
+    assert wanted[history.best - 1] == max(wanted)
+    if choose == "auc":
+        found = evaluate(model, loader, progress=False)
+        assert history.epochs[history.best - 1].val_auc == pytest.approx(found.auc, abs=1e-12)
+        assert history.epochs[history.best - 1].val_auc > history.epochs[0].val_auc
+        assert history.options["chosen_by"] == "validation AUC, then loss"
+
+
+def test_auc_chooses_another_epoch_than_top1_does(monkeypatch):
+    aucs = iter([0.7, 0.9, 0.8])
+    found = SimpleNamespace(loss=0.5, top1=0.6)
+    monkeypatch.setattr(finetuning.measure, "evaluate", lambda *a, **k: SimpleNamespace(**vars(found), auc=next(aucs)))
+    assert finetune(net(), *loaders(), choose="auc", **quiet()).best == 2
+    scripted(monkeypatch, [0.6, 0.6, 0.6])
+    assert finetune(net(), *loaders(), **quiet()).best == 1
+
+
+def test_auc_needs_every_class_on_val():
+    images, labels = Blobs().tensors
+    with pytest.raises(ValueError, match="finetune: choose='auc' needs an image of every class in val; one has none"):
+        finetune(net(), loaders()[0], DataLoader(TensorDataset(images, labels.clamp(max=1)), 48), choose="auc")
 
 
 # patience
@@ -675,6 +710,8 @@ def test_training_flags_come_back(flags):
         ({"momentum": 1}, ValueError, r"momentum must be in \[0, 1\); got 1"),
         ({"weight_decay": -1}, ValueError, "weight_decay must not be negative; got -1"),
         ({"schedule": "linear"}, ValueError, "schedule must be one of cosine, step, constant; got 'linear'"),
+        ({"choose": "loss"}, ValueError, "choose must be one of top1, auc; got 'loss'"),
+        ({"choose": "auc", "val": None}, ValueError, r"choose='auc' needs val, .*; got none\. Pass val"),
         ({"patience": 0}, ValueError, "patience must be a whole number of at least 1, or None; got 0"),
         ({"patience": True}, ValueError, "patience must be a whole number of at least 1, or None; got True"),
         ({"patience": 2, "val": None}, ValueError, r"patience=2 needs val, .*; got none\. Pass val"),
