@@ -137,7 +137,7 @@ def optimize_widths(
     shrink
         Smallest share of a width that stays in one step, in (0, 1).
     smallest
-        No width goes below it.
+        No width goes below it, at least 2: a single filter is like no other.
     round_to
         Widths are multiples of it, rounded up.
     patience
@@ -217,28 +217,40 @@ def optimize_widths(
 
     with bar("width search", budget, progress) as advance:
         while True:
+            trained = trainer.trained
             steps.append(trainer.step(len(steps), proposal, steps[0] if steps else None, advance))
             found = search("not yet")
-            if run.folder is not None:
-                found.save(run.folder / "search.json")
+            if trainer.trained > trained:  # a search that goes on shows no less than it had shown before
+                _keep(found, run)
             decided = _next(found, units, rules)
             if isinstance(decided, str):
                 break
             proposal = decided
     result = search(decided)
-    if run.folder is not None:
-        result.save(run.folder / "search.json")
+    if _keep(result, run) and run.folder is not None:
         report(result, run.folder / "report.html")
     return result
+
+
+def _keep(search: WidthSearch, run: Run) -> bool:
+    """Write the search unless it lies there already, with its page; return whether the page is to be drawn."""
+    if run.folder is None:
+        return False
+    path = run.folder / "search.json"
+    drawn = (run.folder / "report.html").exists()
+    if path.exists() and drawn and WidthSearch.load(path).to_json() == search.to_json():
+        return False
+    search.save(path)
+    return True
 
 
 def _rules(**given: Any) -> _Rules:
     """Check every number."""
     rules = _Rules(**given)
-    for name in ("smallest", "round_to", "patience", "runs", "budget"):
+    for name, least in (("smallest", 2), ("round_to", 1), ("patience", 1), ("runs", 1), ("budget", 1)):
         value = getattr(rules, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"optimize_widths: {name} must be a whole number of at least 1; got {value!r}.")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"optimize_widths: {name} must be a whole number of at least {least}; got {value!r}.")
     for name, high in (("threshold", 1), ("target", 1), ("tolerance", math.inf)):
         if not 0 <= getattr(rules, name) <= high or not math.isfinite(getattr(rules, name)):
             top = "finite" if high == math.inf else f"at most {high}"
@@ -314,10 +326,10 @@ def _responding(
         own = _filters(changed)
         layers = tuple(name for name in measured if name in own and own[name] != filters[name])
         found.update(dict.fromkeys(unit, layers))
-    if not any(found.values()):
+    if not any(measured[layer].shape[0] > measured[layer].groups for layers in found.values() for layer in layers):
         raise ValueError(
-            "optimize_widths: no width belongs to a 2-d convolution with kernels larger than 1x1, so that lambda says "
-            f"nothing about any. Free those of {', '.join(list(measured)[:4])}."
+            "optimize_widths: no width belongs to a 2-d convolution with pairs of kernels larger than 1x1, so that "
+            f"lambda says nothing about any. Free those of {', '.join(list(measured)[:4])}."
         )
     return found
 
@@ -368,6 +380,7 @@ class _Trainer:
     metric: str | None
     rules: _Rules
     run: Run
+    trained: int = 0
 
     def step(
         self, number: int, proposal: Mapping[str, tuple[int, str]], standard: WidthStep | None,
@@ -419,6 +432,7 @@ class _Trainer:
         raise _GivenUpError("; ".join(failures))
 
     def _attempt(self, name: str, seed: int, widths: dict[str, int]) -> WidthRun:
+        self.trained += 1
         checkpoint, weights = (self.run.path(f"{name}{end}.safetensors") for end in (".training", ""))
         known = {"seed": seed} | ({} if checkpoint is None else {"checkpoint": checkpoint})
         start = time.perf_counter()

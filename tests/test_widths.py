@@ -97,7 +97,7 @@ def test_widths_are_multiples():
 
 
 def test_where_lambda_says_nothing_validation_decides():
-    found = search(evaluate=lambda model: min(width(model, 2), 6) / 6, budget=8, patience=3, smallest=1)
+    found = search(evaluate=lambda model: min(width(model, 2), 6) / 6, budget=8, patience=3, smallest=2)
     assert path(found)[:3] == [(16, 16), (8, 8), (4, 4)]
     assert [step.holds for step in found.steps[:3]] == [True, True, False]
     assert path(found)[3] == (6, 6)  # between 4, where it fell, and 8
@@ -141,7 +141,7 @@ def test_coupled_widths_stay_equal():
 @pytest.mark.parametrize(("budget", "steps"), [(2, 1), (3, 1), (4, 2), (5, 2), (6, 3)])
 def test_the_budget_counts_trainings(budget: int, steps: int):
     trained = []
-    found = search(trained.append, runs=2, budget=budget, smallest=1)
+    found = search(trained.append, runs=2, budget=budget, smallest=2)
     assert len(found.steps) == steps
     assert len(trained) == found.trainings == 2 * steps <= budget
     assert found.stopped == f"the budget is spent: {2 * steps} of {budget} trainings"
@@ -265,6 +265,8 @@ def test_distinct_filters_have_lambda_zero_among_themselves():
     [
         ({"budget": 0}, "budget must be a whole number of at least 1; got 0."),
         ({"runs": 3, "budget": 2}, "budget must allow the 3 runs of the standard network; got 2 trainings."),
+        ({"smallest": 1}, "smallest must be a whole number of at least 2; got 1."),
+        ({"widths": {"a": 1, "b": 1}}, "no width belongs to a 2-d convolution with pairs of kernels larger than 1x1"),
         ({"runs": 0}, "runs must be a whole number of at least 1; got 0."),
         ({"shrink": 1.0}, "shrink must lie between 0 and 1; got 1.0."),
         ({"threshold": 1.5}, "threshold must be at least 0 and at most 1; got 1.5."),
