@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import os
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pyprune import files, measure
+from pyprune import files, measure, randomness
 from pyprune.loggers import as_log
 from pyprune.progress import bar
 from pyprune.types import Epoch, History
@@ -542,16 +541,10 @@ def _own_random_state(device: torch.device, *loaders: Iterable[Any] | None) -> I
     """Yield ``reseed(seed, epoch)``; afterwards every generator is as it was, those of the loaders included."""
     generators = list({id(own): own for loader in loaders for own in _generators(loader)}.values())
     states = [(generator, generator.get_state(), generator.initial_seed()) for generator in generators]
-    plain, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002  augmentations still draw from it
 
     def reseed(seed: int, epoch: int) -> None:
         mixed = seed * 1_000_003 + epoch
-        torch.default_generator.manual_seed(mixed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(mixed)
-        random.seed(mixed)
-        np.random.seed(mixed % 2**32)  # noqa: NPY002
+        randomness.seed_all(mixed, device)
         for generator, _, own_seed in states:
             generator.manual_seed((own_seed + mixed) % 2**63)
         for owner in _samplers(loaders):
@@ -559,11 +552,9 @@ def _own_random_state(device: torch.device, *loaders: Iterable[Any] | None) -> I
                 owner.set_epoch(epoch)
 
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with randomness.given_back(device):
             yield reseed
     finally:
-        random.setstate(plain)
-        np.random.set_state(legacy)  # noqa: NPY002
         for generator, state, _ in states:
             generator.set_state(state)
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import random
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median_low
 from time import perf_counter
@@ -17,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pyprune import randomness
 from pyprune.convolutions import Kernels, read_networks
 from pyprune.datasets.labels import integer_labels
 from pyprune.loggers import as_log
@@ -197,7 +196,7 @@ class Watch:
             return {"watch/done": f"nothing: {error}"}
 
     def _measure(self, share: float) -> dict[str, Any]:
-        with _random_state_kept(model_device(self.model)), torch.no_grad():
+        with randomness.given_back(model_device(self.model)), torch.no_grad():
             row = self._redundancy(share)
             images = self._probes[share] if self._probes else None
             if images is not None:
@@ -324,16 +323,3 @@ def _checked_images(given: torch.Tensor | Sequence[Any]) -> tuple[torch.Tensor, 
     if len(found) != len(images):
         raise ValueError(f"Watch: needs one label per image; got {len(found)} labels for {len(images)} images.")
     return images, found
-
-
-@contextmanager
-def _random_state_kept(device: torch.device) -> Iterator[None]:
-    """Put every random state back that a model may draw from even in eval mode."""
-    plain, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002  what a model may draw from
-    devices: Iterable[torch.device] = [device] if device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(plain)
-        np.random.set_state(legacy)  # noqa: NPY002

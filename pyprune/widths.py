@@ -6,7 +6,6 @@ import difflib
 import inspect
 import math
 import os
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pyprune import files
+from pyprune import files, randomness
 from pyprune.convolutions import read_networks
 from pyprune.finetuning import Diverged
 from pyprune.progress import bar
@@ -469,17 +468,11 @@ class _Trainer:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed the generators of torch, numpy and random, and give the caller's states back."""
-    kept = random.getstate(), np.random.get_state()  # noqa: NPY002 - what a training script may draw from
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        try:
-            random.seed(seed)
-            np.random.seed(seed % (1 << 32))  # noqa: NPY002
-            torch.manual_seed(seed)
-            yield
-        finally:
-            random.setstate(kept[0])
-            np.random.set_state(kept[1])  # noqa: NPY002
+    """Seed every generator on every device, and give the caller's states back."""
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    with randomness.given_back(*devices):
+        randomness.seed_all(seed, *devices)
+        yield
 
 
 def _asked(function: Callable[..., Any], known: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ BASE = {
     "slimfile", "slimcalls", "slimrun", "slimreading", "slimsource",  # the slim folder
     "clustering", "redundancy_plots", "trial_plots", "width_plots", "resizing",  # parts of one stage each
     "criteria", "budgets", "coupling", "selection_plots",  # parts of selection
-    "optimizers", "resuming", "comparing", "searching", "loggers",  # part of what compaction returns, and of long runs
+    "optimizers",  # part of what compaction returns
+    "randomness", "resuming", "comparing", "searching", "loggers",  # of trainings and long runs
     "benching",  # measures the kernels
 }  # fmt: skip
 KNOWS_THE_ORDER = {"__init__", "__main__", "pipeline", "trials", "widths", "demo", "cli", "testing", "watching"}
