@@ -75,6 +75,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What CRank and CKRM find that the other does not.")
     parser.add_argument("--network", choices=["digits", *WEIGHTS], default="digits")
     parser.add_argument("--widths", type=int, nargs="+", default=[8, 8, 16, 16], help="of the network on digits")
+    parser.add_argument(
+        "--narrow", type=int, nargs="+", help="widths of the narrow one, as pp.optimize_widths finds them"
+    )
     parser.add_argument("--epochs", type=int, default=2, help="of training on digits")
     parser.add_argument("--tuning", type=int, default=1, help="epochs of fine-tuning")
     parser.add_argument("--steps", type=int, help="steps of fine-tuning instead")
@@ -270,9 +273,8 @@ def narrow_and_wide(options: argparse.Namespace, loaders: dict[str, Any], seed: 
     """Train a narrow and a wide network; prune the narrow one by CRank, the wide one to the same parameters."""
     example = next(iter(loaders["test"]))[0][:1]
     wide = trained(options, loaders, options.widths, seed)
-    joined = pp.select(wide, "ckrm")  # lambda above 0 narrows a layer to its groups; where it is 0, half is tried
-    counts = [len(kept) for kept in joined.keep.values()]
-    widths = [min(kept, width // 2) for kept, width in zip(counts, options.widths, strict=True)]
+    groups = pp.select(wide, "ckrm").keep.values()  # lambda above 0 narrows a layer to its groups; at 0, half is tried
+    widths = options.narrow or [min(len(one), W // 2) for one, W in zip(groups, options.widths, strict=True)]
     narrow = trained(options, loaders, widths, seed)
     found: dict[str, Any] = {"widths": widths}
     for label, model in (("narrow", narrow), ("wide", wide)):
