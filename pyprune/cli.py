@@ -25,7 +25,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Arch = Annotated[str | None, typer.Option(help="Architecture: a name from pyprune.models.")]
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        help="Architecture: a name from pyprune.models, or the search.json of `pyprune widths` for its result."
+    ),
+]
 Model = Annotated[str | None, typer.Option(help="A network of your own instead: package.module:factory.")]
 Weights = Annotated[Path, typer.Option(help="Trained weights: safetensors, or a torch file read without unpickling.")]
 Data = Annotated[str, typer.Option(help="Data: digits, cifar10:DIR, cifar100:DIR, folder:DIR or npz:FILE.")]
@@ -70,6 +75,9 @@ Exclude = Annotated[list[str] | None, typer.Option(help="A convolution to leave 
 Epochs = Annotated[int, typer.Option(help="Epochs of fine-tuning.", min=1)]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps of fine-tuning in all, instead of epochs.", min=1)]
 Lr = Annotated[float, typer.Option(help="Learning rate of fine-tuning.")]
+StopAfter = Annotated[
+    int | None, typer.Option(help="End a training after so many epochs in a row that are no better.", min=1)
+]
 Residual = Annotated[str, typer.Option(help="What happens where branches are added: scatter, intersect or union.")]
 
 
@@ -388,9 +396,7 @@ def widths(
     round_to: Annotated[int, typer.Option(help="Widths are multiples of it.")] = 1,
     epochs: Annotated[int, typer.Option(help="Epochs of each training.", min=1)] = 30,
     lr: Annotated[float, typer.Option(help="Learning rate of training.")] = 0.01,
-    stop_after: Annotated[
-        int | None, typer.Option(help="End a training after so many epochs without a better one.", min=1)
-    ] = None,
+    stop_after: StopAfter = None,
     device: Device = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -470,6 +476,7 @@ def finetune(
     epochs: Epochs = 30,
     steps: Steps = None,
     lr: Lr = 0.01,
+    stop_after: StopAfter = None,
     device: Device = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -492,7 +499,7 @@ def finetune(
     before = evaluate(network, test, num_classes=len(splits.classes), device=device)
     history = finetuning.finetune(
         network, train, val, masks=masks, epochs=epochs, steps=steps, lr=lr, device=device, seed=seed,
-        checkpoint=checkpoint,
+        patience=stop_after, checkpoint=checkpoint,
     )  # fmt: skip
     after = evaluate(network, test, num_classes=len(splits.classes), device=device)
     files.write_tensors(out, network.state_dict(), {"epoch": str(history.best)})
@@ -503,6 +510,8 @@ def finetune(
     ]
     more = {"accuracy": f"{before.top1:.2%} -> {after.top1:.2%}", "kept": f"epoch {history.best}", "written": str(out)}
     payload = {"epochs": rows, "best": history.best, "accuracy": [before.top1, after.top1], "out": str(out)}
+    if history.stopped:
+        more["stopped"] = payload["stopped"] = history.stopped
     _show({"Fine-tuning": rows}, more, payload, as_json)
 
 
@@ -721,8 +730,23 @@ def _build(arch: str | None, model: str | None, num_classes: int, **options: Any
     _check_choice(arch, model)
     if model is not None:
         return _own_network(model)
-    network: nn.Module = getattr(models, str(arch))(num_classes=num_classes, **options)
+    name, own = _architecture(str(arch))
+    network: nn.Module = getattr(models, name)(num_classes=num_classes, **{**own, **options})
     return network
+
+
+def _architecture(arch: str) -> tuple[str, dict[str, Any]]:
+    """Return the name of an architecture and its options: none, or the widths that a search found."""
+    from pyprune import models
+    from pyprune.searching import WidthSearch
+
+    if not arch.endswith(".json"):
+        return arch, {}
+    search = WidthSearch.load(arch)
+    name, options = search.options.get("arch"), search.options.get("options")
+    if name not in models.__all__ or not isinstance(options, dict):
+        raise ValueError(f"--arch: {arch} is not of a network of pyprune.models. Pass --model package.module:factory.")
+    return str(name), {**options, "widths": search.widths}
 
 
 def _check_choice(arch: str | None, model: str | None) -> None:
@@ -731,7 +755,7 @@ def _check_choice(arch: str | None, model: str | None) -> None:
 
     if (arch is None) == (model is None):
         raise ValueError("Give either --arch NAME or --model package.module:factory, and not both.")
-    if arch is not None and arch not in models.__all__:
+    if arch is not None and arch not in models.__all__ and not arch.endswith(".json"):
         near = difflib.get_close_matches(arch, models.__all__, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(models.__all__)}."
         raise ValueError(f"--arch: there is no {arch!r}. {hint}")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -38,7 +39,7 @@ CLOSE = 1.1
 REPEATED = 1_000_003
 """What is added to the seed of a run that is repeated."""
 
-_OWNED = ("run.json", "search.json", "report.html", "step_*/run_*")
+_OWNED = ("run.json", "search.json", "report.html", "narrow.safetensors", "step_*/run_*")
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def optimize_widths(
     folder
         Where every run is kept as soon as it exists, with its weights: a search that was stopped, at whatever point,
         goes on from there, and one that is given a larger budget adds to it. ``search.json`` is the result,
-        ``report.html`` shows it.
+        ``report.html`` shows it, and ``narrow.safetensors`` is the best run of the smallest network that holds.
     fresh
         Whether to start over in a folder that holds a search.
     about
@@ -227,6 +228,7 @@ def optimize_widths(
             proposal = decided
     result = search(decided)
     if _keep(result, run) and run.folder is not None:
+        _keep_narrow(result, run.folder)
         report(result, run.folder / "report.html")
     return result
 
@@ -241,6 +243,15 @@ def _keep(search: WidthSearch, run: Run) -> bool:
         return False
     search.save(path)
     return True
+
+
+def _keep_narrow(search: WidthSearch, folder: Path) -> None:
+    """Copy the weights of the narrow network's best run to where they are found."""
+    step = search.narrow
+    if step.runs:
+        best = int(np.argmax(step.validation(search.metric)))
+        name = f"step_{search.steps.index(step)}/run_{best}_{len(step.runs[best].failures)}.safetensors"
+        files.write_bytes(folder / "narrow.safetensors", (folder / name).read_bytes())
 
 
 def _rules(**given: Any) -> _Rules:

@@ -92,6 +92,12 @@ def test_finetune_holds_the_masks_of_a_plan(run: Run, model: tuple[object, ...],
     assert alive.nonzero().flatten().tolist() == [0, 5]
     assert [path.name for path in (tmp_path / "tuned").iterdir()] == ["w"]  # no checkpoint is left behind
 
+    words = ["--plan", "plan.json", "--epochs", 5, "--lr", 1e-9, "--stop-after", 1, "--out", "still", "--json"]
+    status, out, _ = run("finetune", *model, *words)
+    assert status == 0
+    assert json.loads(out)["stopped"].startswith("after epoch ")
+    assert len(json.loads(out)["epochs"]) < 5
+
     status, out, _ = run("compact", "--arch", "vgg_digits", "--weights", "tuned/w", "--json")  # the zeros are found
     assert status == 0
     assert json.loads(out)["layers"][0] | {"note": ""} == {

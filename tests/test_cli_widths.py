@@ -27,6 +27,11 @@ def test_a_network_of_pyprune(run: Run) -> None:
     history = pp.History.load("found/step_0/run_0_0.history.json")
     assert len(history.epochs) == 1
 
+    own = ["--arch", "found/search.json", "--weights", "found/narrow.safetensors", "--images", "120"]
+    status, out, err = run("finetune", *own, "--steps", 1, "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["accuracy"][0] == found.narrow.runs[0].test["top1"]  # the network as the search left it
+
     before = Path("found/step_0/run_0.json").stat().st_mtime_ns
     words = f"widths --arch vgg_digits --width block1=8 --width block2=8 {SMALL} --budget 3 --out found --json".split()
     status, out, err = run(*words)
@@ -54,6 +59,11 @@ def test_a_network_of_ones_own(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_pa
     words = f"widths --model own_networks:build --width a=8 --width b=8 --coupled a,b {SMALL} --json".split()
     status, out, err = run(*words)
     assert (status, err) == (0, "")
+    status, _, err = run("finetune", "--arch", "width-results/search.json", "--weights", "w")
+    assert (status, err) == (
+        2, "pyprune: --arch: width-results/search.json is not of a network of pyprune.models. Pass --model "
+        "package.module:factory.\n",
+    )  # fmt: skip
     assert [tuple(step["widths"].values()) for step in json.loads(out)["steps"]] in ([(8, 8), (4, 4)], [(8, 8), (7, 7)])
 
 
