@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo-results
+JOBS ?= 2
 
 .PHONY: help install demo test slow sweep fuzz sanitize check lint format wheel smoke bench widths xrays clean
 
@@ -21,15 +22,17 @@ demo: install  ## Train on real digits, prune, and leave the results in demo-res
 	$(BIN)/pyprune demo --out $(DEMO)
 
 # One thread each: on tensors this small OpenMP's threads cost more than they bring, and much more on a busy machine.
-test: install  ## The quick tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+test: install  ## The quick tests, in two processes (JOBS=8 for eight)
+	$(PYTEST)
 
 slow: install  ## The slow tests, without the sweeps
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu and not sweep" --ignore=tests/ops
+	$(PYTEST) -m "slow and not gpu and not sweep" --ignore=tests/ops
 
 sweep: install  ## Every kernel on every family and size, threads, children, memory; thousands of networks: 40 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" tests/ops
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and sweep"
+	$(PYTEST) -m "slow and not gpu" tests/ops
+	$(PYTEST) -m "slow and sweep"
 
 fuzz: install  ## Fuzz the reader of slim folders for a minute (FUZZ_SECONDS=600 for ten)
 	$(BIN)/python -m pip install -q -c constraints.txt "atheris>=3.0"

@@ -225,18 +225,19 @@ class WidthSearch:
 
         ``score`` is one of ``tests``, or of the validation scores where nothing was tested.
         """
-        return anova([self._sample(self.standard, score), self._sample(self.narrow, score)])
+        return anova([self.sample(self.standard, score), self.sample(self.narrow, score)])
 
     def compare(self, score: str) -> Comparison:
         """Compare the narrow network with the standard one: difference, Welch's t-test, Cohen's d."""
-        return compare(self._sample(self.narrow, score), self._sample(self.standard, score))
+        return compare(self.sample(self.narrow, score), self.sample(self.standard, score))
 
     def equivalence(self, score: str, margin: float | None = None) -> Equivalence:
         """Test whether the two are the same within ``margin`` (by default the tolerance): that needs its own test."""
         wide = self.tolerance if margin is None else margin
-        return equivalence(self._sample(self.narrow, score), self._sample(self.standard, score), wide)
+        return equivalence(self.sample(self.narrow, score), self.sample(self.standard, score), wide)
 
-    def _sample(self, step: WidthStep, score: str) -> FloatArray:
+    def sample(self, step: WidthStep, score: str) -> FloatArray:
+        """Return [runs] what networks are compared by: a score on test images, or on validation images without any."""
         return step.test(score) if self.tests else step.validation(score)
 
     def rows(self) -> list[dict[str, Any]]:

@@ -99,8 +99,8 @@ def _statistics(search: WidthSearch) -> list[dict[str, Any]]:
     """Collect what is said of each score of the standard and the narrow network."""
     return [
         {
-            "score": score, "standard": _mean(_sample(search, search.standard, score)),
-            "narrow": _mean(_sample(search, search.narrow, score)), "compare": search.compare(score),
+            "score": score, "standard": _mean(search.sample(search.standard, score)),
+            "narrow": _mean(search.sample(search.narrow, score)), "compare": search.compare(score),
             "anova": search.anova(score), "equivalence": search.equivalence(score) if search.tolerance else None,
         }
         for score in search.scores
@@ -132,10 +132,6 @@ def _told(value: float) -> str:
 
 def _mean(values: FloatArray) -> float | None:
     return float(values.mean()) if len(values) else None
-
-
-def _sample(search: WidthSearch, step: WidthStep, score: str) -> FloatArray:
-    return step.test(score) if search.tests else step.validation(score)
 
 
 def _share(search: WidthSearch, step: WidthStep) -> str:
@@ -391,13 +387,13 @@ def scores_figure(search: WidthSearch) -> Figure:
         axes.axis("off")
     for axes, score in zip(panels, search.scores, strict=False):
         for place, step in enumerate(both.values()):
-            values = _sample(search, step, score)
+            values = search.sample(step, score)
             spread = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else np.zeros(1)
             hue = COLOURS[place]
             axes.plot(place + spread, values, "o", color=hue, ms=5, alpha=0.7, mew=0)
             axes.plot([place - 0.25, place + 0.25], [values.mean()] * 2, color=hue, lw=2)
         if search.tolerance:
-            mean = _sample(search, search.standard, score).mean()
+            mean = search.sample(search.standard, score).mean()
             axes.axhspan(mean - search.tolerance, mean + search.tolerance, color=LIGHT, alpha=0.45, lw=0, zorder=0)
         axes.set_xticks(range(len(both)), list(both))
         axes.set_xlim(-0.6, len(both) - 0.4)

@@ -220,38 +220,29 @@ def optimize_widths(
             trained = trainer.trained
             steps.append(trainer.step(len(steps), proposal, steps[0] if steps else None, advance))
             found = search("not yet")
-            if trainer.trained > trained:  # a search that goes on shows no less than it had shown before
-                _keep(found, run)
+            if trainer.trained > trained and run.folder is not None:  # one that goes on shows no less than it had shown
+                found.save(run.folder / "search.json")
             decided = _next(found, units, rules)
             if isinstance(decided, str):
                 break
             proposal = decided
     result = search(decided)
-    if _keep(result, run) and run.folder is not None:
-        _keep_narrow(result, run.folder)
-        report(result, run.folder / "report.html")
+    if run.folder is not None:
+        _keep(result, run.folder)
     return result
 
 
-def _keep(search: WidthSearch, run: Run) -> bool:
-    """Write the search unless it lies there already, with its page; return whether the page is to be drawn."""
-    if run.folder is None:
-        return False
-    path = run.folder / "search.json"
-    drawn = (run.folder / "report.html").exists()
-    if path.exists() and drawn and WidthSearch.load(path).to_json() == search.to_json():
-        return False
-    search.save(path)
-    return True
-
-
-def _keep_narrow(search: WidthSearch, folder: Path) -> None:
-    """Copy the weights of the narrow network's best run to where they are found."""
-    step = search.narrow
+def _keep(search: WidthSearch, folder: Path) -> None:
+    """Write the result last, behind what is made from it: where it lies already, nothing is left to be done."""
+    path, step = folder / "search.json", search.narrow
+    if path.exists() and WidthSearch.load(path).to_json() == search.to_json():
+        return
     if step.runs:
         best = int(np.argmax(step.validation(search.metric)))
         name = f"step_{search.steps.index(step)}/run_{best}_{len(step.runs[best].failures)}.safetensors"
         files.write_bytes(folder / "narrow.safetensors", (folder / name).read_bytes())
+    report(search, folder / "report.html")
+    search.save(path)
 
 
 def _rules(**given: Any) -> _Rules:

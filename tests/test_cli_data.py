@@ -132,10 +132,10 @@ def test_the_network_takes_the_images_channels(run: Run, made: dict[str, Path], 
 
 def test_training_is_augmented_when_asked_for(run: Run, made: dict[str, Path], tmp_path: Path) -> None:
     torch.save(pp.models.resnet20(width=0.25).state_dict(), tmp_path / "w.pth")
-    (tmp_path / "small.py").write_text("import pyprune as pp\nbuild = lambda: pp.models.resnet20(width=0.25)\n")
+    (tmp_path / "quarter.py").write_text("import pyprune as pp\nbuild = lambda: pp.models.resnet20(width=0.25)\n")
     losses = {}
     for flag in ("--augment", "--no-augment", None):
-        words = ["--model", "small:build", "--weights", "w.pth", "--data", f"npz:{made['npz']}", "--steps", 2]
+        words = ["--model", "quarter:build", "--weights", "w.pth", "--data", f"npz:{made['npz']}", "--steps", 2]
         status, out, err = run("finetune", *words, *([flag] if flag else []), "--out", f"{flag}.safetensors", "--json")
         assert (status, err) == (0, "")
         losses[flag] = json.loads(out)["epochs"][0]["train_loss"]
