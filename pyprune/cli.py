@@ -387,7 +387,9 @@ def widths(
     threshold: Annotated[float, typer.Option(help="Filters with Psi above it are alike.")] = 0.6,
     target: Annotated[float, typer.Option(help="How far lambda may lie above that of random kernels.")] = 0.01,
     tolerance: Annotated[float, typer.Option(help="How far the validation score may fall.")] = 0.01,
-    metric: Annotated[str | None, typer.Option(help="Validation score that decides: auc, or top1.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Validation score that decides, of widths and of epochs: auc, or top1.")
+    ] = None,
     silent: Annotated[
         str, typer.Option(help="Widths about which lambda says nothing: narrow under the tolerance, or keep.")
     ] = "narrow",
@@ -408,6 +410,7 @@ def widths(
 
     from pyprune import widths as searches
     from pyprune.data import loader, open_data
+    from pyprune.datasets.labels import dataset_labels
     from pyprune.finetuning import finetune
     from pyprune.measure import evaluate
 
@@ -418,6 +421,8 @@ def widths(
     splits = open_data(
         data, seed=seed, size=size, normalise=normalise, channels=channels, images=images, augment=augment
     )
+    if metric is None:  # AUC is not defined where a class has no image
+        metric = "auc" if len(set(dataset_labels("widths", splits.val))) == len(splits.classes) else "top1"
     options = _pairs("--set", settings) or {}
 
     def build(chosen: dict[str, int]) -> nn.Module:
@@ -433,6 +438,7 @@ def widths(
         partial(
             finetune, train=loader(splits.train, shuffle=True, seed=seed, augment=splits.augment, batch_size=batch),
             val=loader(splits.val), epochs=epochs, lr=lr, patience=stop_after, device=device,
+            choose=metric,  # type: ignore[arg-type]
         ),
         lambda network: scored(network, loader(splits.val)),
         widths=start, threshold=threshold, target=target, tolerance=tolerance, runs=runs, budget=budget,
