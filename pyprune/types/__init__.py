@@ -1,0 +1,33 @@
+"""The frozen dataclasses that the stages hand to one another. Nothing here computes more than a ratio."""
+
+from pyprune.types.common import NOTHING as NOTHING
+from pyprune.types.common import FloatArray as FloatArray
+from pyprune.types.common import IntArray as IntArray
+from pyprune.types.plans import FilterWhy as FilterWhy
+from pyprune.types.plans import LayerWhy as LayerWhy
+from pyprune.types.plans import Plan as Plan
+from pyprune.types.plans import Region as Region
+from pyprune.types.ranking import UNINFORMATIVE as UNINFORMATIVE
+from pyprune.types.ranking import ClassRanks as ClassRanks
+from pyprune.types.redundancy import BINS as BINS
+from pyprune.types.redundancy import CKRM as CKRM
+from pyprune.types.redundancy import EPSILONS as EPSILONS
+from pyprune.types.redundancy import LayerRedundancy as LayerRedundancy
+from pyprune.types.redundancy import RandomKernels as RandomKernels
+from pyprune.types.results import PruneResult as PruneResult
+from pyprune.types.scores import VERDICTS as VERDICTS
+from pyprune.types.scores import Correlation as Correlation
+from pyprune.types.scores import Epoch as Epoch
+from pyprune.types.scores import Evaluation as Evaluation
+from pyprune.types.scores import Excess as Excess
+from pyprune.types.scores import Fairness as Fairness
+from pyprune.types.scores import GroupScore as GroupScore
+from pyprune.types.scores import History as History
+from pyprune.types.slim import Analysis as Analysis
+from pyprune.types.slim import Certificate as Certificate
+from pyprune.types.slim import Compacted as Compacted
+from pyprune.types.slim import Exported as Exported
+from pyprune.types.slim import LayerAnalysis as LayerAnalysis
+from pyprune.types.slim import LayerCount as LayerCount
+from pyprune.types.slim import Origin as Origin
+from pyprune.types.slim import Profile as Profile
