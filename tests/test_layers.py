@@ -11,7 +11,7 @@ PACKAGE = Path(pyprune.__file__).parent
 BASE = {
     "types", "files", "progress", "machine", "ops", "_core", "models", "data", "datasets", "measure",  # for everyone
     "graph", "operations", "channels", "joins", "kinds", "views", "rewiring", "baking", "wrappers", "origins",
-    "recording",  # the traced network
+    "recording", "deciding", "cutting", "proving",  # the traced network
     "checkpoints", "convolutions", "hrank",  # what people bring along
     "drawing",  # figures and pages
     "features", "sampling", "aliases", "overlap",  # parts of ranking

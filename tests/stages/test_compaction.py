@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import pyprune as pp
-from pyprune import compaction, graph
+from pyprune import compaction, cutting, graph, proving
 from pyprune.types import Plan
 from tolerances import COMPACTED_FLOAT64
 
@@ -531,7 +531,7 @@ def test_the_analysis_prints_reasons_and_saves(tmp_path):
 
 @pytest.mark.parametrize("name", ["0.weight", "2.weight", "2.bias", "1.weight"])
 def test_a_disturbed_weight_is_noticed(monkeypatch, name):
-    cut = compaction._cut
+    cut = proving.cut
 
     def disturbed(target, *args):
         layer = cut(target, *args)
@@ -540,14 +540,15 @@ def test_a_disturbed_weight_is_noticed(monkeypatch, name):
         return layer
 
     model = chain(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3))
-    monkeypatch.setattr(compaction, "_cut", disturbed)
+    for module in (cutting, proving):
+        monkeypatch.setattr(module, "cut", disturbed)
     with pytest.raises(RuntimeError, match=r"differs from the masked one by \S+ in float64, more than 1e-10"):
         compact(model, Plan({"0": [0, 1]}), torch.randn(1, 1, 8, 8))
     assert not compact(model, Plan({"0": [0, 1]}), torch.randn(1, 1, 8, 8), verify=False).certificate.verified
 
 
 def test_a_disturbed_delivery_is_noticed(monkeypatch):
-    rebuild = compaction._rebuild
+    rebuild = compaction.rebuild
 
     def disturbed(*args):
         slim = rebuild(*args)
@@ -555,7 +556,7 @@ def test_a_disturbed_delivery_is_noticed(monkeypatch):
         return slim
 
     model = chain(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3))
-    monkeypatch.setattr(compaction, "_rebuild", disturbed)
+    monkeypatch.setattr(compaction, "rebuild", disturbed)
     with pytest.raises(RuntimeError, match="in float32, more than 1e-05"):
         compact(model, Plan({"0": [0, 1]}), torch.randn(1, 1, 8, 8))
 

@@ -15,7 +15,7 @@ from test_compaction import randomised
 from torch import nn
 
 import pyprune as pp
-from pyprune import baking, compaction, files, graph, kinds, measure
+from pyprune import baking, cutting, files, graph, kinds, measure
 from pyprune.types import Plan
 from tolerances import COMPACTED_FLOAT64
 
@@ -757,16 +757,16 @@ def test_bad_plans_leave_the_model_as_it_is(case):
 @pytest.mark.parametrize("wrong", ["groups", "weight", "fold", "balance"])
 def test_a_wrong_cut_is_noticed(monkeypatch, wrong):
     """Each part of the work on groups is disturbed in turn, and the proof must fail."""
-    count, fold, cut = compaction._count, kinds.folded, compaction._cut_weight
+    count, fold, cut = cutting._count, kinds.folded, cutting._cut_weight
 
     def rolled(slim, *args):
         cut(slim, *args)
         slim.weight.data = slim.weight.data.roll(1, 0)
 
     if wrong == "groups":
-        monkeypatch.setattr(compaction, "_count", lambda module, groups: count(module, 1))
+        monkeypatch.setattr(cutting, "_count", lambda module, groups: count(module, 1))
     elif wrong == "weight":
-        monkeypatch.setattr(compaction, "_cut_weight", rolled)
+        monkeypatch.setattr(cutting, "_cut_weight", rolled)
     elif wrong == "fold":
         monkeypatch.setattr(kinds, "folded", lambda *args: fold(*args) * (1 + 1e-6))
     else:

@@ -11,7 +11,7 @@ from test_residual import NETS
 from torch import nn
 
 import pyprune as pp
-from pyprune import compaction, graph, wrappers
+from pyprune import graph, proving, wrappers
 from pyprune.types import Plan
 from tolerances import COMPACTED_FLOAT64
 
@@ -36,7 +36,7 @@ def test_halves_are_proved_in_float64_and_stay_halves(net, dtype):
     assert found.verified
     assert found.max_difference <= COMPACTED_FLOAT64
     assert found.dtype == str(dtype).removeprefix("torch.")
-    assert found.native_difference <= found.native_tolerance == compaction.NATIVE_TOLERANCES[dtype]
+    assert found.native_difference <= found.native_tolerance == proving.NATIVE_TOLERANCES[dtype]
     assert {one.dtype for one in slim.model.parameters()} == {dtype} == {one.dtype for one in model.parameters()}
     expected, got = masked(model, slim.plan).eval()(x), slim.model.eval()(x)
     assert got.dtype == dtype
