@@ -31,6 +31,7 @@ from hostile import corpus
 from hostile.corpus import Case
 from hostile.readers import READERS
 from pyprune import slimcalls, slimfile
+from pyprune.comparing import Attempt
 from pyprune.types import Epoch, Plan
 
 FROZEN = Path(__file__).resolve().parents[1] / "frozen" / "v1"
@@ -100,12 +101,16 @@ def bases() -> dict[str, dict[str, object]]:
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         pp.History((Epoch(1, 0.1, 2.0, 1.5, 0.5, 3.0),), 1, {"seed": 0}).save(place / "history.json")
-        pp.Evaluation(np.array([[3, 1], [0, 4]]), 0.5, None, 0.9).save(place / "evaluation.json")
+        before, after = (pp.Evaluation(np.array(told), 0.5, None, 0.9) for told in ([[3, 1], [0, 4]], [[2, 2], [1, 3]]))
+        before.save(place / "evaluation.json")
+        pp.fairness(before, after).save(place / "fairness.json")
+        tried = Attempt(0, {"0": np.array([0, 2])}, after, before, 40, 900, {"eodd": 0.25}, {"norm": 1})
+        pp.Trial(before, 60, 1200, {"0": 3}, {"l1": (tried,), "l2": (tried,)}, {"runs": 1}).save(place / "trial.json")
         model = nn.Sequential(
             nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(27, 3)
         )
         pp.profile(model, torch.zeros(1, 1, 8, 8), latency=False).save(place / "profile.json")
-        for known in ("plan.json", "ckrm.json", "ranks.safetensors"):
+        for known in ("plan.json", "ckrm.json", "width_search.json", "ranks.safetensors"):
             (place / known).write_bytes((FROZEN / known).read_bytes())
         from safetensors.torch import save_file
 
@@ -118,6 +123,9 @@ def bases() -> dict[str, dict[str, object]]:
             ("profile.json", "profile"),
             ("plan.json", "plan"),
             ("ckrm.json", "ckrm"),
+            ("fairness.json", "fairness"),
+            ("trial.json", "trial"),
+            ("width_search.json", "width search"),
             ("ranks.safetensors", "ranks"),
             ("checkpoint", "checkpoint"),
             ("rank.npy", "rank file"),
@@ -1145,13 +1153,16 @@ def documents() -> Iterator[Case]:
         ("evaluation", "evaluation.json"),
         ("profile", "profile.json"),
         ("ckrm", "ckrm.json"),
+        ("fairness", "fairness.json"),
+        ("trial", "trial.json"),
+        ("width search", "width_search.json"),
     ):
         text = corpus.unpacked(BASES[reader][file]).decode()
         content = json.loads(text)
         seen: set[tuple[Any, ...]] = set()
         for path in places(content):
             plain = tuple(0 if isinstance(part, int) else part for part in path)
-            if plain in seen or (len(path) > 6):
+            if plain in seen or len(path) > 6 or "redundancy" in path[:-1]:  # which is a CKRM
                 continue
             seen.add(plain)
             if reader == "ckrm" and path[1:2] == ("run 1",) and path[2:3] != ("first",):

@@ -46,6 +46,9 @@ READERS: dict[str, tuple[Callable[[Path], object], ...]] = {
     "evaluation": (lambda folder: pp.Evaluation.load(folder / "evaluation.json"),),
     "profile": (lambda folder: pp.Profile.load(folder / "profile.json"),),
     "ckrm": (lambda folder: pp.CKRM.load(folder / "ckrm.json"),),
+    "fairness": (lambda folder: pp.Fairness.load(folder / "fairness.json"),),
+    "trial": (lambda folder: pp.Trial.load(folder / "trial.json"),),
+    "width search": (lambda folder: pp.WidthSearch.load(folder / "width_search.json"),),
     "ranks": (lambda folder: pp.ClassRanks.load(folder / "ranks.safetensors"),),
     "kernels": (lambda folder: pp.ckrm(str(folder / "checkpoint")),),
     "checkpoint": (
