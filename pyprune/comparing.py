@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pyprune import files
-from pyprune.types import Evaluation, FloatArray, IntArray, Plan
+from pyprune.types import Evaluation, FloatArray, IntArray, Plan, reading
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +69,11 @@ class Attempt:
         """Return what :meth:`to_json` gave; ``ValueError`` naming ``where`` if it cannot be that."""
         try:
             return cls(
-                int(content["seed"]),
-                {str(name): np.array(kept, np.int64) for name, kept in content["keep"].items()},
+                reading.whole(content, "seed", signed=True),
+                {name: reading.wholes(content["keep"], name) for name in reading.mapped(content, "keep")},
                 Evaluation.from_json(content["pruned"], where), Evaluation.from_json(content["finetuned"], where),
-                int(content["parameters"]), int(content["macs"]),
-                {str(name): float(value) for name, value in content["fairness"].items()}, dict(content["settings"]),
+                reading.whole(content, "parameters"), reading.whole(content, "macs"),
+                reading.scores(content, "fairness"), dict(reading.mapped(content, "settings")),
             )  # fmt: skip
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"Attempt.load: {where} lacks or garbles {error}.") from None
@@ -234,13 +234,14 @@ class Trial:
         content = files.read_json("Trial.load", path, cls.FORMAT, cls.VERSION)
         try:
             return cls(
-                Evaluation.from_json(content["original"], str(path)), int(content["parameters"]), int(content["macs"]),
-                {str(name): int(count) for name, count in content["filters"].items()},
+                Evaluation.from_json(content["original"], str(path)), reading.whole(content, "parameters"),
+                reading.whole(content, "macs"), reading.counts(content, "filters"),
                 {
-                    str(method): tuple(Attempt.from_json(one, str(path)) for one in runs)
-                    for method, runs in content["attempts"].items()
+                    method: tuple(Attempt.from_json(one, str(path)) for one in reading.listed(runs, method))
+                    for runs in (reading.mapped(content, "attempts"),)
+                    for method in runs
                 },
-                dict(content["options"]),
+                dict(reading.mapped(content, "options")),
             )  # fmt: skip
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"Trial.load: {path} lacks or garbles {error}.") from None

@@ -16,9 +16,7 @@ import numpy as np
 
 from pyprune import files
 from pyprune.comparing import Anova, Comparison, Equivalence, anova, compare, deviation, equivalence
-from pyprune.types import CKRM, FloatArray
-
-_MANY = 1 << 63  # what no count or seed reaches
+from pyprune.types import CKRM, FloatArray, reading
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,9 +79,11 @@ class WidthRun:
         """Return what :meth:`to_json` gave; ``ValueError`` naming ``where`` if it cannot be that."""
         try:
             return cls(
-                _whole(content, "seed", signed=True), _counts(content, "widths"), _whole(content, "parameters"),
-                _scores(content, "validation"), _scores(content, "test"), _counts(content, "distinct"),
-                CKRM.from_json(content["redundancy"], where), _number(content, "seconds"), _texts(content, "failures"),
+                reading.whole(content, "seed", signed=True), reading.counts(content, "widths"),
+                reading.whole(content, "parameters"), reading.scores(content, "validation"),
+                reading.scores(content, "test"), reading.counts(content, "distinct"),
+                CKRM.from_json(content["redundancy"], where), reading.number(content, "seconds"),
+                reading.texts(content, "failures"),
             )  # fmt: skip
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"WidthRun.load: {where} lacks or garbles {error}.") from None
@@ -282,11 +282,16 @@ class WidthSearch:
         """Read what :meth:`save` wrote; ``ValueError`` if it cannot be that."""
         content = files.read_json("WidthSearch.load", path, cls.FORMAT, cls.VERSION)
         try:
-            layers = {str(name): _texts(content["layers"], name) for name in _mapped(content, "layers")}
-            steps = tuple(_step(one, str(path)) for one in _listed(content, "steps"))
-            options = dict(_mapped(content, "options"))
+            layers = {str(name): reading.texts(content["layers"], name) for name in reading.mapped(content, "layers")}
+            steps = tuple(_step(one, str(path)) for one in reading.listed(content, "steps"))
+            options = dict(reading.mapped(content, "options"))
             return cls(
-                steps, layers, _text(content, "metric"), _text(content, "stopped"), _texts(content, "notes"), options
+                steps,
+                layers,
+                reading.text(content, "metric"),
+                reading.text(content, "stopped"),
+                reading.texts(content, "notes"),
+                options,
             )
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"WidthSearch.load: {path} lacks or garbles {error}.") from None
@@ -350,65 +355,10 @@ def _unsound(search: WidthSearch) -> str:
 
 
 def _step(content: Mapping[str, Any], where: str) -> WidthStep:
-    holds = content["holds"]
-    if not isinstance(holds, bool):
-        raise TypeError(_garbled("holds", holds))
     return WidthStep(
-        _counts(content, "widths"), {str(name): _text(content["why"], name) for name in _mapped(content, "why")},
-        tuple(WidthRun.from_json(run, where) for run in _listed(content, "runs")),
-        {str(run): _text(content["given_up"], run) for run in _mapped(content, "given_up")}, holds,
+        reading.counts(content, "widths"),
+        {str(name): reading.text(content["why"], name) for name in reading.mapped(content, "why")},
+        tuple(WidthRun.from_json(run, where) for run in reading.listed(content, "runs")),
+        {str(run): reading.text(content["given_up"], run) for run in reading.mapped(content, "given_up")},
+        reading.truth(content, "holds"),
     )  # fmt: skip
-
-
-def _garbled(name: str, value: object) -> str:
-    return f"{name!r} ({str(value)[:40]})"
-
-
-def _whole(content: Mapping[str, Any], name: str, signed: bool = False) -> int:
-    value = content[name]
-    if isinstance(value, bool) or not isinstance(value, int) or not (-_MANY if signed else 0) <= value < _MANY:
-        raise TypeError(_garbled(name, value))
-    return value
-
-
-def _number(content: Mapping[str, Any], name: str) -> float:
-    value = content[name]
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(_garbled(name, value))
-    return float(value)
-
-
-def _text(content: Mapping[str, Any], name: str) -> str:
-    value = content[name]
-    if not isinstance(value, str):
-        raise TypeError(_garbled(name, value))
-    return value
-
-
-def _listed(content: Mapping[str, Any], name: str) -> list[Any]:
-    value = content[name]
-    if not isinstance(value, list):
-        raise TypeError(_garbled(name, value))
-    return value
-
-
-def _mapped(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    value = content[name]
-    if not isinstance(value, Mapping):
-        raise TypeError(_garbled(name, value))
-    return value
-
-
-def _texts(content: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    values = _listed(content, name)
-    if not all(isinstance(value, str) for value in values):
-        raise TypeError(_garbled(name, values))
-    return tuple(values)
-
-
-def _counts(content: Mapping[str, Any], name: str) -> dict[str, int]:
-    return {str(key): _whole(content[name], key) for key in _mapped(content, name)}
-
-
-def _scores(content: Mapping[str, Any], name: str) -> dict[str, float]:
-    return {str(key): _number(content[name], key) for key in _mapped(content, name)}

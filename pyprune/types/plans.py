@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pyprune import files
+from pyprune.types import reading
 from pyprune.types.common import IntArray
 
 
@@ -146,21 +147,29 @@ class Plan:
         content = files.read_json("Plan.load", path, cls.FORMAT, cls.VERSION)
         try:
             return cls(
-                keep=content["keep"],
-                filters={str(name): int(count) for name, count in content["filters"].items()},
-                why={name: _layer_why(why) for name, why in content["why"].items()},
-                method=str(content["method"]),
-                options=dict(content["options"]),
+                keep={name: reading.wholes(content["keep"], name) for name in reading.mapped(content, "keep")},
+                filters=reading.counts(content, "filters"),
+                why={name: _layer_why(why) for name, why in reading.mapped(content, "why").items()},
+                method=reading.text(content, "method"),
+                options=dict(reading.mapped(content, "options")),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError) as error:
             raise ValueError(f"Plan.load: {path} lacks or garbles {error}.") from None
 
 
-def _layer_why(content: dict[str, Any]) -> LayerWhy:
-    filters = tuple(
-        FilterWhy(**{**one, "region": Region(one["region"]) if one["region"] else None}) for one in content["filters"]
-    )
-    return LayerWhy(**{**content, "filters": filters})
+def _layer_why(content: Any) -> LayerWhy:
+    if not isinstance(content, Mapping):
+        raise TypeError(reading.garbled("why", content))
+    return reading.record(LayerWhy, content, filters=tuple(map(_filter_why, reading.listed(content, "filters"))))
+
+
+def _filter_why(content: Any) -> FilterWhy:
+    if not isinstance(content, Mapping):
+        raise TypeError(reading.garbled("filters", content))
+    region = content.get("region")
+    if region not in (None, *Region):
+        raise TypeError(reading.garbled("region", region))
+    return reading.record(FilterWhy, content, region=None if region is None else Region(region))
 
 
 def _indices(name: str, indices: Any, count: int | None) -> IntArray:

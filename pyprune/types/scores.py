@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pyprune import files
+from pyprune.types import reading
 from pyprune.types.common import FloatArray, IntArray, plain, printable
 
 
@@ -56,8 +57,9 @@ class History:
         """Read what :meth:`save` wrote; ``ValueError`` if it cannot be that."""
         content = files.read_json("History.load", path, cls.FORMAT, cls.VERSION)
         try:
-            epochs = tuple(Epoch(**epoch) for epoch in content["epochs"])
-            return cls(epochs, int(content["best"]), dict(content["options"]), str(content.get("stopped", "")))
+            epochs = tuple(reading.record(Epoch, epoch) for epoch in reading.listed(content, "epochs"))
+            stopped = reading.text({"stopped": "", **content}, "stopped")
+            return cls(epochs, reading.whole(content, "best"), dict(reading.mapped(content, "options")), stopped)
         except (KeyError, TypeError) as error:
             raise ValueError(f"History.load: {path} lacks or garbles {error}.") from None
 
@@ -135,17 +137,20 @@ class Evaluation:
     def from_json(cls, content: Mapping[str, Any], where: str = "the content") -> Evaluation:
         """Return what :meth:`to_json` gave; ``ValueError`` naming ``where`` if it cannot be that."""
         try:
-            confusion = np.array(content["confusion"], np.int64)
+            confusion = reading.wholes(content, "confusion")
+            if confusion.ndim != 2 or len(confusion) != confusion.shape[1] or (confusion < 0).any():
+                raise TypeError(reading.garbled("confusion", content["confusion"]))
             loss, auc = (
-                None if content.get(name) is None else np.array(content[name], np.float64)
+                None if content.get(name) is None else reading.numbers(content, name)
                 for name in ("class_loss", "class_auc")
             )
             groups = {
-                str(name): {str(group): GroupScore(**score) for group, score in scores.items()}
+                str(name): {str(group): reading.record(GroupScore, score) for group, score in scores.items()}
                 for name, scores in content.get("groups", {}).items()
             }
-            return cls(confusion, content["loss"], content["top5"], content["auc"], loss, auc, groups)
-        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            top5, mean_auc = (reading.number_or_none(content, name) for name in ("top5", "auc"))
+            return cls(confusion, reading.number(content, "loss"), top5, mean_auc, loss, auc, groups)
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"Evaluation.load: {where} lacks or garbles {error}.") from None
 
 
@@ -250,16 +255,18 @@ class Fairness:
         """Read what :meth:`save` wrote; ``ValueError`` if it cannot be that."""
         content = files.read_json("Fairness.load", path, cls.FORMAT, cls.VERSION)
         try:
-            numbers = {name: float(content[name]) for name in ("eopp0", "eopp1", "eodd", "eodd_separate")}
-            one, other = content["auc"]
+            one, other = reading.listed(content, "auc")
             return cls(
-                np.array(content["before"], np.float64), np.array(content["after"], np.float64),
-                tuple(int(one) for one in content["classes"]), **numbers, pearson=Correlation(**content["pearson"]),
-                spearman=Correlation(**content["spearman"]), errors=_excess(content["errors"]),
+                _rates(content, "before"), _rates(content, "after"),
+                tuple(reading.wholes(content, "classes").tolist()),
+                **{name: reading.number(content, name) for name in ("eopp0", "eopp1", "eodd", "eodd_separate")},
+                pearson=reading.record(Correlation, content["pearson"]),
+                spearman=reading.record(Correlation, content["spearman"]), errors=_excess(content["errors"]),
                 losses=None if content["losses"] is None else _excess(content["losses"]),
-                groups={str(name): _excess(one) for name, one in content["groups"].items()}, auc=(one, other),
+                groups={str(name): _excess(own) for name, own in reading.mapped(content, "groups").items()},
+                auc=(reading.number_or_none({"auc": one}, "auc"), reading.number_or_none({"auc": other}, "auc")),
             )  # fmt: skip
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"Fairness.load: {path} lacks or garbles {error}.") from None
 
     def __str__(self) -> str:
@@ -289,9 +296,19 @@ class Fairness:
         return "\n".join(lines)
 
 
-def _excess(content: Mapping[str, Any]) -> Excess:
-    better, worse = content["between"]
-    return Excess(
-        {str(name): float(loss) for name, loss in content["losses"].items()}, float(content["largest"]),
-        (str(better), str(worse)), {str(name): int(count) for name, count in content["images"].items()},
-    )  # fmt: skip
+def _rates(content: Mapping[str, Any], name: str) -> FloatArray:
+    """Return [K, 3] numbers."""
+    found = reading.numbers(content, name)
+    if found.ndim != 2 or found.shape[1] != 3:
+        raise TypeError(reading.garbled(name, content[name]))
+    return found
+
+
+def _excess(content: Any) -> Excess:
+    if not isinstance(content, Mapping):
+        raise TypeError(reading.garbled("excess", content))
+    better, worse = reading.texts(content, "between")
+    losses, images = reading.scores(content, "losses"), reading.counts(content, "images")
+    if not {better, worse} <= losses.keys():
+        raise KeyError("between")
+    return Excess(losses, reading.number(content, "largest"), (better, worse), images)

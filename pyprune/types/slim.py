@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pyprune import files
+from pyprune.types import reading
 from pyprune.types.common import IntArray, grouped
 from pyprune.types.plans import Plan
 
@@ -60,9 +61,8 @@ class Profile:
         """Read what :meth:`save` wrote; ``ValueError`` if it cannot be that."""
         content = files.read_json("Profile.load", path, cls.FORMAT, cls.VERSION)
         try:
-            layers = tuple(LayerCount(**layer) for layer in content.pop("layers"))
-            del content["format"], content["version"]
-            return cls(layers=layers, **content)
+            layers = tuple(reading.record(LayerCount, layer) for layer in reading.listed(content, "layers"))
+            return reading.record(cls, content, layers=layers)
         except (KeyError, TypeError) as error:
             raise ValueError(f"Profile.load: {path} lacks or garbles {error}.") from None
 
