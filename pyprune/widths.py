@@ -26,7 +26,7 @@ from pyprune.redundancy import ckrm, distinct_filters
 from pyprune.reporting import report
 from pyprune.resuming import Run
 from pyprune.searching import WidthRun, WidthSearch, WidthStep
-from pyprune.types import Evaluation, History
+from pyprune.types import Evaluation, History, reading
 
 Build = Callable[[dict[str, int]], nn.Module]
 
@@ -220,7 +220,7 @@ def optimize_widths(
             trained = trainer.trained
             steps.append(trainer.step(len(steps), proposal, steps[0] if steps else None, advance))
             found = search("not yet")
-            if trainer.trained > trained and run.folder is not None:  # one that goes on shows no less than it had shown
+            if trainer.trained > trained and run.folder is not None:  # one that goes on never shows less than before
                 found.save(run.folder / "search.json")
             decided = _next(found, units, rules)
             if isinstance(decided, str):
@@ -315,7 +315,8 @@ def _responding(
     found: dict[str, tuple[str, ...]] = {}
     for unit in units:
         width = widths[unit[0]]
-        other = min(_rounded(width * rules.shrink, rules.round_to), width - 1) or width + rules.round_to
+        narrower = _rounded(width * rules.shrink, rules.round_to)
+        other = narrower if narrower < width else width + rules.round_to
         changed = _built(build, {**widths, **dict.fromkeys(unit, other)}, unit)
         if changed is whole:
             raise ValueError("optimize_widths: build must return a new network each time; it returned the same one.")
@@ -409,19 +410,22 @@ class _Trainer:
             self._decides(made.validation)
             runs.append(made)
             advance(1 + len(made.failures))
-        holds = not given_up
-        if standard is not None and holds:
-            old, new = (float(step.validation(str(self.metric)).mean()) for step in (
-                standard, WidthStep(widths, why, tuple(runs))))  # fmt: skip
-            holds = new >= old - self.rules.tolerance
-        return WidthStep(widths, why, tuple(runs), given_up, holds)
+        found = WidthStep(widths, why, tuple(runs), given_up, holds=not given_up)
+        if standard is None or given_up:
+            return found
+        before, after = (float(step.validation(str(self.metric)).mean()) for step in (standard, found))
+        return replace(found, holds=after >= before - self.rules.tolerance)
 
     def _attempts(self, name: str, index: int, widths: dict[str, int]) -> WidthRun:
         """Train a network, and once more with another seed if the first try diverges."""
         path = self.run.path(f"{name}.failed.json")
         failures: list[str] = []
         if path is not None and path.exists():
-            failures = list(files.read_json("optimize_widths", path, "pyprune.width_failures", 1)["failures"])
+            content = files.read_json("optimize_widths", path, "pyprune.width_failures", 1)
+            try:
+                failures = list(reading.texts(content, "failures"))
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"optimize_widths: {path} lacks or garbles {error}.") from None
         while len(failures) < 2:
             seed = self.rules.seed + index + REPEATED * len(failures)
             try:
@@ -511,9 +515,7 @@ def _scores(who: str, given: Any) -> dict[str, float]:
     return found
 
 
-def _next(
-    search: WidthSearch, units: list[tuple[str, ...]], rules: _Rules
-) -> dict[str, tuple[int, str]] | str:  # fmt: skip
+def _next(search: WidthSearch, units: list[tuple[str, ...]], rules: _Rules) -> dict[str, tuple[int, str]] | str:
     """Return the widths to try next, each with its reason, or why the search ends."""
     steps = search.steps
     if not steps[0].holds:
@@ -556,9 +558,10 @@ def _narrowed(search: WidthSearch, units: list[tuple[str, ...]], rules: _Rules) 
                 wanted, why = width, f"stays: {floor} was too few"
             elif wanted < between:
                 wanted, why = between, f"between {floor}, where validation fell, and {width}"
-        bounded = min(max(wanted, rules.smallest), width)
+        smallest = _rounded(rules.smallest, rules.round_to)
+        bounded = min(max(wanted, smallest), width)
         if bounded > wanted:
-            why = f"{why}; no fewer than {rules.smallest}"
+            why = f"{why}; no fewer than {smallest}"
         proposal.update(dict.fromkeys(unit, (bounded, why)))
     return proposal
 

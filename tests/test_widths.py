@@ -94,6 +94,7 @@ def test_a_width_below_the_smallest_stays():
 
 def test_widths_are_multiples():
     assert path(search(copies(a=9), silent="keep", round_to=4, budget=2)) == [(16, 16), (12, 16)]
+    assert path(search(copies(a=2), silent="keep", round_to=4, smallest=9)) == [(16, 16), (12, 16)]
 
 
 def test_where_lambda_says_nothing_validation_decides():
@@ -456,6 +457,24 @@ def test_a_folder_with_another_search_is_refused(tmp_path: Path):
     (tmp_path / "step_1" / "run_0.json").write_text("{}")
     with pytest.raises(ValueError, match=r"WidthRun\.load"):
         search(folder=tmp_path, budget=2)
+    (tmp_path / "step_1" / "run_0.json").unlink()
+    for odd in ('{"failures": 3}', '{"failures": [3]}', "{}"):
+        text = '{"format": "pyprune.width_failures", "version": 1, ' + odd[1:]
+        (tmp_path / "step_1" / "run_0.failed.json").write_text(text.replace(", }", "}"))
+        with pytest.raises(ValueError, match=r"optimize_widths: .*failed\.json lacks or garbles 'failures'"):
+            search(folder=tmp_path, budget=2)
+
+
+def test_networks_are_built_at_multiples_alone():
+    def in_eights(widths: Mapping[str, int]) -> nn.Module:
+        assert all(width % 8 == 0 for width in widths.values())
+        return build(widths)
+
+    for start in (8, 16, 24):
+        found = pp.optimize_widths(
+            in_eights, lambda model: None, lambda model: 1.0, widths={"a": start, "b": 16}, round_to=8, runs=1, budget=4
+        )
+        assert found.widths == {"a": 8, "b": 8}
 
 
 # Being killed
