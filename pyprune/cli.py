@@ -709,6 +709,31 @@ def _networks(weights: list[Path], arch: str | None, model: str | None, num_clas
 
 
 @app.command()
+def report(
+    result: Annotated[
+        Path, typer.Argument(help="A result of ckrm, trial or widths: its JSON file, or the folder that holds it.")
+    ],
+    out: Annotated[Path, typer.Option(help="File for the page.")] = Path("report.html"),
+    as_json: Json = False,
+) -> None:
+    """Write the page of a result again: one HTML file with its pictures inside. `pyprune prune` writes its own."""
+    from pyprune import files, reporting
+    from pyprune.comparing import Trial
+    from pyprune.searching import WidthSearch
+    from pyprune.types import CKRM
+
+    _check_out(out)
+    kinds: dict[str, Any] = {kind.FORMAT: kind for kind in (CKRM, Trial, WidthSearch)}
+    names = [result] if not result.is_dir() else [result / name for name in ("search.json", "trial.json", "ckrm.json")]
+    path = next((name for name in names if name.exists()), names[0])
+    form = files.parse_json("report", files.read_bytes("report", path, files.MAX_JSON_BYTES), str(path)).get("format")
+    if form not in kinds:
+        raise ValueError(f"report: {path} must be a result of ckrm, trial or widths; its format is {form!r}.")
+    reporting.report(kinds[form].load(path), out)
+    _print_json({"out": str(out), "format": form}) if as_json else typer.echo(f"written: {out}")
+
+
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="A checkpoint that torch.save wrote.")],
     target: Annotated[Path, typer.Argument(help="The safetensors file to write.")],

@@ -27,6 +27,8 @@ def test_a_network_of_pyprune(run: Run) -> None:
     history = pp.History.load("found/step_0/run_0_0.history.json")
     assert len(history.epochs) == 1
 
+    assert run("report", "found", "--out", "again.html")[:2] == (0, "written: again.html\n")
+    assert Path("again.html").read_bytes() == Path("found/report.html").read_bytes()
     own = ["--arch", "found/search.json", "--weights", "found/narrow.safetensors", "--images", "120"]
     status, out, err = run("finetune", *own, "--steps", 1, "--json")
     assert (status, err) == (0, "")
@@ -89,3 +91,23 @@ def test_bad_input_is_one_line_and_status_2(run: Run, words: str, message: str) 
     assert (status, out) == (2, "")
     assert err.startswith(f"pyprune: {message}")
     assert err.count("\n") == 1
+
+
+def test_pages_of_saved_results(run: Run, tmp_path: Path) -> None:
+    pp.ckrm(pp.models.vgg_digits(widths=(4, 4)), null=False, progress=False).save(tmp_path / "ckrm.json")
+    status, out, err = run("report", "ckrm.json", "--out", "page.html", "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out) == {"out": "page.html", "format": "pyprune.ckrm"}
+    assert "data:image/svg+xml;base64," in Path("page.html").read_text()
+    pp.Plan({"a": [0]}).save(tmp_path / "plan.json")
+    (tmp_path / "odd.json").write_text("[1")
+    for words, message in (
+        ("plan.json", "report: plan.json must be a result of ckrm, trial or widths; its format is 'pyprune.plan'."),
+        ("nowhere.json", "report: "),
+        ("odd.json", "report: odd.json"),
+        (".", "written: "),
+    ):
+        status, out, err = run("report", words, "--out", "other.html")
+        assert (out if words == "." else err.removeprefix("pyprune: ")).startswith(message)
+        assert status == (0 if words == "." else 2)
+        assert (out + err).count("\n") == 1
