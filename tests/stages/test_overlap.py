@@ -370,7 +370,15 @@ def test_an_exception_of_the_model_forgets_what_waits(monkeypatch, helped):
     assert same(accumulator.state_dict(), at_once(monkeypatch, chain(), None, batches=1))
 
 
-def test_ctrl_c_while_the_caller_ranks_or_waits(monkeypatch, helped):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also where whoever started the tests had it ignored, as shells do for what runs behind them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_while_the_caller_ranks_or_waits(monkeypatch, helped, interruptible):
     images, labels = inputs()
     model, rank = chain(), overlap.matrix_rank
     main = threading.main_thread()

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import pyprune as pp
-from pyprune import compaction, graph, recording
+from pyprune import graph, proving, recording
 from pyprune.types import Plan
 from tolerances import COMPACTED_FLOAT64
 from zoo import ENTRIES, checking
@@ -564,7 +564,7 @@ class TwoWays(Net):
 
 
 def test_only_the_way_of_the_example_inputs_is_compared(monkeypatch):
-    monkeypatch.setattr(compaction, "_MOST_SPACE", 4)
+    monkeypatch.setattr(proving, "_MOST_SPACE", 4)
     slim = exact(built(TwoWays))
     assert slim.certificate.inputs[0] == "example inputs (3 images)"
     assert all("line" in why for why in slim.kept["a"].values())
