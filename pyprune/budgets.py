@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from pyprune.hints import did_you_mean
 from pyprune.measure import Costs
 from pyprune.types import Plan, Profile
 
@@ -30,8 +30,7 @@ def check_budget(who: str, budget: Any) -> dict[str, float]:
         raise TypeError(f'{who}: budget must be a mapping such as {{"macs": 0.5}}; got {budget!r}.')
     for name, value in budget.items():
         if name not in COSTS:
-            near = difflib.get_close_matches(str(name), COSTS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, COSTS)
             raise ValueError(f"{who}: budget can name {', '.join(map(repr, COSTS))}; got {name!r}.{hint}")
         if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
             raise TypeError(f"{who}: budget of {name} must be a number; got {type(value).__name__}.")

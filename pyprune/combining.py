@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pyprune.hints import did_you_mean
 from pyprune.types import FilterWhy, IntArray, LayerWhy, Plan
 
 HOW = ("union", "intersection")
@@ -180,8 +180,7 @@ class _Layer:
 def _checked(plans: Any, how: Any, min_keep: Any) -> dict[str, Plan]:
     """Return the plans by label: their method, and their number where methods repeat."""
     if how not in HOW:
-        near = difflib.get_close_matches(str(how), HOW, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(how, HOW, cutoff=0.4)
         raise ValueError(f"combine: how must be {' or '.join(map(repr, HOW))}; got {how!r}.{hint}")
     if isinstance(min_keep, bool) or not isinstance(min_keep, int) or min_keep < 1:
         raise ValueError(f"combine: min_keep must be a whole number of at least 1; got {min_keep!r}.")

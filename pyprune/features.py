@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from pyprune import graph, operations
+from pyprune.hints import did_you_mean
 
 TAPS = ("activation", "norm", "hrank")
 """What ``taps`` may say."""
@@ -166,8 +166,7 @@ def _named_by_hand(model: nn.Module, layers: Mapping[str, str]) -> dict[str, Tap
     modules = [name for name, _ in model.named_modules() if name]
     for layer, module in layers.items():
         if module not in modules:
-            near = difflib.get_close_matches(str(module), modules, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(module, modules)
             raise ValueError(f"find_taps: the tap of {layer!r} must be a module of the model; got {module!r}.{hint}")
     if not layers:
         raise ValueError("find_taps: layers names no convolution.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import keyword
 import operator
 import re
@@ -19,6 +18,7 @@ from torch import fx, nn
 
 from pyprune import aliases, views
 from pyprune import operations as ops
+from pyprune.hints import did_you_mean
 from pyprune.types import IntArray, Plan
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -153,8 +153,7 @@ def check_layer(who: str, name: str, layers: Iterable[str]) -> None:
     """Raise ``ValueError`` unless ``name`` is one of ``layers``, suggesting the nearest that is."""
     layers = list(layers)
     if name not in layers:
-        near = difflib.get_close_matches(name, layers, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else f" It has {', '.join(layers[:8])}."
+        hint = did_you_mean(name, layers, f"It has {', '.join(layers[:8])}.")
         raise ValueError(f"{who}: the model has no convolution named {name!r}.{hint}")
 
 

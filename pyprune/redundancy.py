@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ import numpy.typing as npt
 
 from pyprune import progress as bars
 from pyprune.convolutions import Kernels, Network, read_networks
+from pyprune.hints import did_you_mean
 from pyprune.ops.ssim import Nearest, SsimStatistics, kernel_ssim, kernel_ssim_statistics
 from pyprune.types import BINS, CKRM, EPSILONS, FloatArray, IntArray, LayerRedundancy, RandomKernels
 
@@ -251,9 +251,8 @@ def _chosen(network: Network, layers: list[str] | None, pairs: Any) -> dict[str,
         if name in network.left_out:
             raise ValueError(f"ckrm: layer {name!r} cannot be measured: it {network.left_out[name]}.")
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(list(known)[:8])}."
-            raise ValueError(f"ckrm: there is no layer {name!r} to measure. {hint}")
+            hint = did_you_mean(name, known, f"There are {', '.join(list(known)[:8])}.")
+            raise ValueError(f"ckrm: there is no layer {name!r} to measure.{hint}")
     if not wanted:
         raise ValueError("ckrm: layers must name at least one layer; got none.")
     return {name: known[name] for name in known if name in set(wanted)}

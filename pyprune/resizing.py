@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.utils import _pytree as pytree
 from pyprune import graph as graphs
 from pyprune import measure, slimfile
 from pyprune import operations as ops
+from pyprune.hints import did_you_mean
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest |own - slim| / max(1, max |slim|): the same sums, perhaps in another order."""
@@ -56,9 +56,8 @@ def resize_(who: str, model: nn.Module, slim: fx.GraphModule) -> None:
     layers = {name: module for name, module in slim.named_modules() if _own(module) and name}
     for name, layer in layers.items():
         if name not in modules:
-            near = difflib.get_close_matches(name, modules, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else "Pass the class that was compacted."
-            raise ValueError(f"{who}: {type(model).__name__} has no layer {name!r}, and the slim network has. {hint}")
+            hint = did_you_mean(name, modules, "Pass the class that was compacted.")
+            raise ValueError(f"{who}: {type(model).__name__} has no layer {name!r}, and the slim network has.{hint}")
         _check_layer(who, name, modules[name], layer)
     spare = sorted(
         f"{name}.{leaf}" if name else leaf

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from torch import nn
 import pyprune
 from pyprune import budgets, coupling, criteria, graph, hrank
 from pyprune.criteria import Context, Criterion
+from pyprune.hints import did_you_mean
 from pyprune.measure import Device, as_batch
 from pyprune.types import ClassRanks, FilterWhy, FloatArray, IntArray, LayerWhy, Plan
 
@@ -363,8 +363,7 @@ def _listed_rates(
 def _check_known(names: Iterable[str], filters: Mapping[str, int], exclude: Iterable[str]) -> None:
     for name in names:
         if name not in filters and name not in exclude:
-            near = difflib.get_close_matches(str(name), filters, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, filters)
             raise ValueError(f"select: rates names {name!r}, of which there are no scores.{hint}")
 
 

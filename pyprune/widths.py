@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import os
@@ -21,6 +20,7 @@ from torch import nn
 from pyprune import files, randomness
 from pyprune.convolutions import read_networks
 from pyprune.finetuning import Diverged
+from pyprune.hints import did_you_mean
 from pyprune.progress import bar
 from pyprune.redundancy import ckrm, distinct_filters
 from pyprune.reporting import report
@@ -287,9 +287,8 @@ def _units(widths: Mapping[str, int], coupled: Sequence[Sequence[str]]) -> list[
             raise TypeError(f"optimize_widths: coupled must hold groups of names; got {names!r}. Put it in a list.")
         for name in names:
             if name not in widths:
-                near = difflib.get_close_matches(str(name), widths, n=1)
-                hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(list(widths)[:8])}."
-                raise ValueError(f"optimize_widths: coupled names no width {name!r}. {hint}")
+                hint = did_you_mean(name, widths, f"There are {', '.join(list(widths)[:8])}.")
+                raise ValueError(f"optimize_widths: coupled names no width {name!r}.{hint}")
         joined = set().union(*(group[name] for name in names))
         for name in joined:
             group[name] = joined

@@ -9,7 +9,8 @@ import pyprune
 
 PACKAGE = Path(pyprune.__file__).parent
 BASE = {
-    "types", "files", "progress", "machine", "ops", "_core", "models", "data", "datasets", "measure",  # for everyone
+    "types", "files", "hints", "progress", "machine", "ops", "_core",  # for everyone
+    "models", "data", "datasets", "measure",
     "graph", "operations", "channels", "joins", "kinds", "views", "rewiring", "baking", "wrappers", "origins",
     "recording", "deciding", "cutting", "proving",  # the traced network
     "checkpoints", "convolutions", "hrank",  # what people bring along

@@ -6,7 +6,6 @@ A criterion is any object with a name, a word on what it needs, and one method t
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 from pyprune import graph, operations
+from pyprune.hints import did_you_mean
 from pyprune.measure import Costs, Device
 from pyprune.types import ClassRanks, FloatArray
 
@@ -187,7 +187,7 @@ def _made(who: str, name: str, options: Mapping[str, Any]) -> Any:
         if name not in offered:
             raise ValueError(
                 f"{who}: method must be one of {', '.join(map(repr, (*NAMES, *sorted(offered))))}; got {name!r}."
-                f"{_nearest(name, (*NAMES, *offered))}"
+                f"{did_you_mean(name, (*NAMES, *offered))}"
             )
         make = offered[name].load()
     if not callable(make):  # an entry point may also name the criterion itself
@@ -196,7 +196,7 @@ def _made(who: str, name: str, options: Mapping[str, Any]) -> Any:
     for option in options:
         if option not in known:
             listed = ", ".join(known) if known else "none"
-            raise ValueError(f"{who}: {name!r} has no option {option!r}; it has {listed}.{_nearest(option, known)}")
+            raise ValueError(f"{who}: {name!r} has no option {option!r}; it has {listed}.{did_you_mean(option, known)}")
     return make(**options)
 
 
@@ -235,7 +235,7 @@ def check_scores(who: str, criterion: Criterion, scores: Any, context: Context) 
         if name not in context.layers:
             raise ValueError(
                 f"{who}: {criterion.name!r} scores {name!r}, which is no convolution that was asked for."
-                f"{_nearest(str(name), context.layers)}"
+                f"{did_you_mean(str(name), context.layers)}"
             )
     return {
         name: _checked(f"{who}: scores of {criterion.name!r} for {name!r}", scores[name], layer.out_channels)
@@ -272,11 +272,6 @@ def _plain(value: Any) -> Any:
 
 def _title(value: object) -> str:
     return str(getattr(value, "name", None) or type(value).__name__)
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def needed_number(who: str, name: str, value: Any, low: float, high: float) -> float:

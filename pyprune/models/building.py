@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
+
+from pyprune.hints import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def _checked(who: str, given: Mapping[str, int], width: float, names: Iterable[s
     known = dict.fromkeys(names)
     for name in given:
         if name not in known:
-            raise ValueError(f"{who}: widths names no stage or layer {name!r}.{did_you_mean(str(name), known)}")
+            raise ValueError(f"{who}: widths names no stage or layer {name!r}.{did_you_mean(name, known)}")
     check_counts(who, **{f"widths[{name!r}]": size for name, size in given.items()})
     return given
 
@@ -79,12 +80,6 @@ def _check_stream(who: str, said: Mapping[str, int]) -> None:
                 f"{who}: {first!r} and {name!r} set convolutions that are added to one another and need one width; "
                 f"got {said[first]} and {size}."
             )
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a sentence with the nearest of ``known``, to be put behind another one, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def check_counts(who: str, **counts: int) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from pyprune.hints import did_you_mean
 from pyprune.models import resnet, vgg
-from pyprune.models.building import did_you_mean, scaled
+from pyprune.models.building import scaled
 
 NETWORKS = {**resnet.WIDTHS, **vgg.WIDTHS}
 """What is free in each architecture."""
@@ -44,10 +45,10 @@ def standard_widths(arch: str, per: str = "stage", width: float = 1.0) -> dict[s
     {'conv1': 64, 'layer1': 64, 'layer2': 128, 'layer3': 256, 'layer4': 512}
     """
     if arch not in NETWORKS:
-        hint = did_you_mean(str(arch), NETWORKS) or f" There are {', '.join(NETWORKS)}."
+        hint = did_you_mean(arch, NETWORKS, f"There are {', '.join(NETWORKS)}.")
         raise ValueError(f"standard_widths: there is no network {arch!r}.{hint}")
     if per not in PER:
-        raise ValueError(f"standard_widths: per must be 'stage' or 'layer'; got {per!r}.{did_you_mean(str(per), PER)}")
+        raise ValueError(f"standard_widths: per must be 'stage' or 'layer'; got {per!r}.{did_you_mean(per, PER)}")
     free = NETWORKS[arch]
     if per == "stage":
         return {stage: scaled("standard_widths", size, width) for stage, size in free.stages.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyprune import machine
+from pyprune.hints import did_you_mean
 from pyprune.machine import Machine
 
 TIE = 1e-12
@@ -200,6 +200,5 @@ def _resolve(variant: str, here: Machine) -> str:
         return variant
     if why_not:
         raise ValueError(f"k_search: variant {variant!r} is not usable: {why_not}; here are {', '.join(names)}.")
-    near = difflib.get_close_matches(str(variant), names, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(variant, names)
     raise ValueError(f"k_search: variant {variant!r} is unknown; here are {', '.join(names)}.{hint}")

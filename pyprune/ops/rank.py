@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyprune import machine
+from pyprune.hints import did_you_mean
 from pyprune.machine import Machine
 from pyprune.ops import _dlpack, _finite, _reference
 from pyprune.ops._reference import EPS32
@@ -241,8 +241,7 @@ def _why_not(variant: str, device: str, here: Machine) -> str:
         )
     if reasons.get(variant):
         return f"matrix_rank: variant {variant!r} is not usable: {reasons[variant]}; here are {', '.join(names)}."
-    near = difflib.get_close_matches(variant, names, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(variant, names)
     return f"matrix_rank: variant {variant!r} is unknown; here are {', '.join(names)}.{hint}"
 
 

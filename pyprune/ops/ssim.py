@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import math
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyprune import machine
+from pyprune.hints import did_you_mean
 from pyprune.machine import Machine
 from pyprune.ops import _dlpack, _finite, _reference
 
@@ -400,9 +400,7 @@ def _resolve(variant: str, shape: Sequence[int], dtype: str, device: str, here: 
         "triton_tile": "" if here.triton else machine.triton_reason(bool(here.cuda) or device == "cuda"),
     }
     if variant not in reasons:
-        near = difflib.get_close_matches(variant, names, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"kernel_ssim: variant {variant!r} is unknown; {some}.{hint}")
+        raise ValueError(f"kernel_ssim: variant {variant!r} is unknown; {some}.{did_you_mean(variant, names)}")
     if reasons[variant]:
         raise ValueError(f"kernel_ssim: variant {variant!r} is not usable: {reasons[variant]}; {some}.")
     place = {"cuda_tile": "cuda", "triton_tile": here.triton}.get(variant, "cpu")
