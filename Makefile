@@ -84,8 +84,8 @@ resnet56: install  ## The same for ResNet-56, and HRank at CRank's rates
 	$(REAL) $(RESNET56) --out runs/resnet56-crank
 	$(REAL) $(RESNET56) --method hrank --rates runs/resnet56-crank/plan.json --out runs/resnet56-hrank
 
-widths: install  ## Narrow a network on real digits by the redundancy of its kernels, and leave the results in width-results/
-	$(BIN)/pyprune widths --arch vgg_digits --epochs 8 --lr 0.05 --out width-results
+widths: install  ## Narrow a network on real digits by the redundancy of its kernels; results in width-results/
+	$(BIN)/pyprune widths --arch vgg_digits --epochs 8 --lr 0.05 --budget 36 --out width-results
 
 XRAYS = npz:$(PYPRUNE_DATA)/cxr_pneumonia_224_jpegbytes.npz
 xrays: install  ## The same for ResNet-50 on 1,200 chest X-rays of 64x64 (PYPRUNE_DATA): half an hour, goes on after a stop
