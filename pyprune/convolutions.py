@@ -33,6 +33,12 @@ class Kernels:
         F2, F1, K1, K2 = self.weight.shape
         return int(F2), int(F1), int(K1), int(K2)
 
+    @property
+    def pairs(self) -> int:
+        """How many pairs of filters read the same channels."""
+        filters = self.shape[0] // self.groups
+        return self.groups * filters * (filters - 1) // 2
+
     def on_host(self) -> FloatArray:
         """Return the weights as a float64 array in host memory."""
         weight = self.weight

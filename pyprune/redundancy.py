@@ -132,7 +132,7 @@ def ckrm(
     (0, 1, 1.0)
     """
     measure = _Measure(
-        thresholds=_checked_thresholds(thresholds),
+        thresholds=checked_thresholds("ckrm", thresholds),
         pairs=_checked_pairs(pairs),
         seed=_whole("seed", seed, 0),
         eps=_positive("eps", eps),
@@ -189,7 +189,7 @@ def distinct_filters(model_or_weights: Any, *, threshold: float = 0.6, eps: floa
     TypeError, ValueError
         As :func:`ckrm`.
     """
-    limit = _checked_thresholds(threshold)[0]
+    limit = checked_thresholds("ckrm", threshold)[0]
     networks = read_networks("distinct_filters", model_or_weights)
     if len(networks) > 1:
         raise ValueError(f"distinct_filters: needs one network; got {len(networks)}.")
@@ -214,11 +214,12 @@ def _picked(weights: FloatArray, threshold: float, constant: float) -> int:
     return len(picked)
 
 
-def _checked_thresholds(thresholds: float | Sequence[float]) -> tuple[float, ...]:
+def checked_thresholds(who: str, thresholds: float | Sequence[float]) -> tuple[float, ...]:
+    """Return every t of lambda^t; ``ValueError`` naming ``who`` unless they are different numbers in [0, 1]."""
     given = np.atleast_1d(np.asarray(thresholds, np.float64))
     found = tuple(float(t) for t in given)
     if not found or not all(0 <= t <= 1 for t in found) or len(set(found)) < len(found):
-        raise ValueError(f"ckrm: thresholds must be different numbers in [0, 1], at least one; got {list(found)}.")
+        raise ValueError(f"{who}: thresholds must be different numbers in [0, 1], at least one; got {list(found)}.")
     return found
 
 
@@ -259,7 +260,7 @@ def _chosen(network: Network, layers: list[str] | None, pairs: Any) -> dict[str,
 
 
 def _check_enough(network: Mapping[str, Kernels], pairs: int | Mapping[str, int] | None) -> None:
-    counts = {name: _pair_count(kernels) for name, kernels in network.items()}
+    counts = {name: kernels.pairs for name, kernels in network.items()}
     if not any(counts.values()):
         name, kernels = next(iter(network.items()))
         raise ValueError(
@@ -280,11 +281,6 @@ def _asked(name: str, pairs: int | Mapping[str, int] | None) -> int | None:
     return pairs.get(name) if isinstance(pairs, Mapping) else pairs
 
 
-def _pair_count(kernels: Kernels) -> int:
-    filters = kernels.shape[0] // kernels.groups
-    return kernels.groups * filters * (filters - 1) // 2
-
-
 def _notes(networks: Mapping[str, Network]) -> tuple[str, ...]:
     if any(network.weights_only for network in networks.values()):
         return ("Read from weights alone: groups and transposed convolutions cannot be seen.",)
@@ -296,7 +292,7 @@ def _layer(name: str, kernels: Kernels, measure: _Measure) -> LayerRedundancy:
     mean_square = _mean_square(name, kernels)
     # A layer of zeros has no scale; all its pairs are alike at any constant.
     eps = measure.eps if measure.eps_absolute is None else measure.eps_absolute / (mean_square or 1.0)
-    exist = _pair_count(kernels)
+    exist = kernels.pairs
     if not exist:
         return _without_pairs(kernels, mean_square, eps, len(measure.thresholds))
     random = _random(kernels.shape[1:], eps, measure) if measure.null else None
@@ -376,7 +372,7 @@ def _statistics(
 
 def _pairs(name: str, kernels: Kernels, asked: int | None, seed: int) -> IntArray | None:
     """Return the pairs [P, 2] that are to be compared, or nothing for all pairs of an ungrouped layer."""
-    exist = _pair_count(kernels)
+    exist = kernels.pairs
     filters = kernels.shape[0] // kernels.groups
     if asked is None or asked == exist:
         return None if kernels.groups == 1 else _pair(np.arange(exist), filters)

@@ -22,7 +22,7 @@ from pyprune.loggers import as_log
 from pyprune.measure import model_device
 from pyprune.ops.ssim import SsimStatistics, kernel_ssim_statistics, layer_statistics
 from pyprune.ranks import RankAccumulator
-from pyprune.redundancy import random_kernels
+from pyprune.redundancy import checked_thresholds, random_kernels
 from pyprune.types import IntArray
 
 LEVELS = (1.0, 1 / 4, 1 / 16)
@@ -112,7 +112,7 @@ class Watch:
         seed: int = 0,
     ) -> None:
         self.model = model
-        self.thresholds = _checked_thresholds(thresholds)
+        self.thresholds = checked_thresholds("Watch", thresholds)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"Watch: every must be a whole number of epochs, at least 1; got {every!r}.")
         if not 0 < budget <= 1:
@@ -121,14 +121,14 @@ class Watch:
             raise ValueError(f"Watch: eps must be a positive, finite number; got {eps!r}.")
         self.every, self.budget, self._eps, self._seed = every, budget, eps, seed
         self._write = as_log("Watch", log)
-        kernels = {name: one for name, one in self._kernels().items() if _pairs_of(one)}
+        kernels = {name: one for name, one in self._kernels().items() if one.pairs}
         if not kernels:
             raise ValueError("Watch: needs a convolution with two K x K filters that read the same channels; none has.")
         self._null = {
             name: random_kernels(one.shape[1:], eps, self.thresholds, EXPONENTS, seed).point99
             for name, one in kernels.items()
         }
-        self._all_pairs = sum(map(_pairs_of, kernels.values()))
+        self._all_pairs = sum(one.pairs for one in kernels.values())
         self._probes = {} if images is None else _probes(model, images)
         self._costs = {share: min([self._timed(share) for _ in range(3)][1:]) for share in LEVELS}
         self._paces = deque([1.0], maxlen=3)
@@ -251,18 +251,6 @@ class Watch:
         order = np.random.default_rng([self._seed, zlib.crc32(name.encode())]).permutation(in_group)
         first: IntArray = np.sort(order[:count]).astype(np.int64)
         return first + in_group * np.arange(kernels.groups)[:, None]
-
-
-def _checked_thresholds(thresholds: float | Sequence[float]) -> tuple[float, ...]:
-    found = tuple(float(t) for t in np.atleast_1d(np.asarray(thresholds, np.float64)))
-    if not found or not all(0 <= t <= 1 for t in found) or len(set(found)) < len(found):
-        raise ValueError(f"Watch: thresholds must be different numbers in [0, 1], at least one; got {list(found)}.")
-    return found
-
-
-def _pairs_of(kernels: Kernels) -> int:
-    in_group = kernels.shape[0] // kernels.groups
-    return kernels.groups * in_group * (in_group - 1) // 2
 
 
 def _within(filters: IntArray) -> IntArray:

@@ -327,7 +327,7 @@ def _responding(
         own = _filters(changed)
         layers = tuple(name for name in measured if name in own and own[name] != filters[name])
         found.update(dict.fromkeys(unit, layers))
-    if not any(measured[layer].shape[0] > measured[layer].groups for layers in found.values() for layer in layers):
+    if not any(measured[layer].pairs for layers in found.values() for layer in layers):
         raise ValueError(
             "optimize_widths: no width belongs to a 2-d convolution with pairs of kernels larger than 1x1, so that "
             f"lambda says nothing about any. Free those of {', '.join(list(measured)[:4])}."
